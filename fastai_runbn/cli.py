@@ -12,21 +12,21 @@ from pathlib import Path
 from fastcore.script import anno_parser,CliError
 from . import __version__
 
-# %% ../nbs/10_cli.ipynb #5871e554
+# %% ../nbs/10_cli.ipynb #c54be9f7
 def train_digits(
     cbs=None, # Callbacks, `RunBNCallback()` for one
     bs:int=2, # Training batch size
     epochs:int=3, # Epochs of one-cycle training
     seed:int=42, # Of weights and order
-    lr:float=0.03, # Highest learning rate of SGD
+    lr:float=0.01, # Highest learning rate of SGD
     bar:bool=True, # Show fastai's progress bar and a line an epoch?
 ):
     "Lesson 10's convnet trained on digits with a fastai Learner, which is returned; the same `seed` gives the same start and order"
-    from fastai.basics import Learner,SGD,CrossEntropyLossFlat,accuracy,set_seed
+    from fastai.basics import Learner,SGD,accuracy,set_seed
     from fastai.callback.all import ParamScheduler # noqa: gives Learner its fit_one_cycle
     from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
     set_seed(seed)
-    learn = Learner(digits_dls(bs), lesson10_convnet(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=SGD, cbs=cbs)
+    learn = Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, cbs=cbs)
     if bar: learn.fit_one_cycle(epochs, lr)
     else:
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr)
@@ -46,7 +46,7 @@ def _contend(name, **kwargs):
     _,loss,acc = learn.recorder.values[-1]
     return learn, dict(norm=name, accuracy=acc, valid_loss=loss, seconds=time.perf_counter()-start, note='')
 
-# %% ../nbs/10_cli.ipynb #6b4f00d3
+# %% ../nbs/10_cli.ipynb #09b3df7b
 def plot_curves(
     learns:dict, # Learners after a fit with `accuracy` as their metric, by name
     title:str='', # Of the figure
@@ -54,7 +54,7 @@ def plot_curves(
 ):
     "Training loss and validation accuracy of several Learners side by side; returns the figure"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(9,3.6), layout='constrained')
+    fig = Figure(figsize=(9,4), layout='constrained')
     loss,acc = fig.subplots(1, 2)
     for (name,learn),c,mk in zip(learns.items(), ('#d55e00','#0072b2','#009e73','#cc79a7'), 'osD^'):
         loss.plot(learn.recorder.losses, color=c, label=name)
@@ -64,12 +64,22 @@ def plot_curves(
     loss.set(xlabel='step', ylabel='training loss (smoothed)', ylim=(0,None))
     acc.set(xlabel='epoch', ylabel='validation accuracy', ylim=(0,1.08))
     acc.set_xticks(range(1,max(len(l.recorder.values) for l in learns.values())+1))
-    acc.legend(loc='lower right')
+    acc.margins(x=.15)
+    fig.legend(*acc.get_legend_handles_labels(), loc='outside lower center', ncols=len(learns))
     if title: fig.suptitle(title)
     if path: fig.savefig(path, dpi=120)
     return fig
 
-# %% ../nbs/10_cli.ipynb #857863b0
+# %% ../nbs/10_cli.ipynb #b9406b15
+def _table(rows):
+    "A rich table of `_contend`'s rows"
+    from rich.table import Table
+    table = Table('norm', 'accuracy', 'valid. loss', 'time')
+    for col in table.columns[1:]: col.justify = 'right'
+    for r in rows: table.add_row(r['norm'], *([r['note'],'',''] if r['note'] else [f"{r['accuracy']:.3f}", f"{r['valid_loss']:.3f}", f"{r['seconds']:.1f} s"]))
+    return table
+
+# %% ../nbs/10_cli.ipynb #d97b6cf3
 def demo(
     bs:int=2, # Training batch size
     epochs:int=3, # Epochs of one-cycle training, for each norm
@@ -88,25 +98,16 @@ def demo(
     task = f"scikit-learn's digits, {bs} at a time, {epochs} epoch{'s'*(epochs>1)}"
     console.print(f"[bold]Lesson 10's convnet on {task}[/]")
     for name in _contenders:
-        console.print(f"\n[bold]{name}[/]")
-        learn,row = _contend(name, bs=bs, epochs=epochs, seed=seed)
+        if console.is_terminal: console.print(f"\n[bold]{name}[/]")
+        learn,row = _contend(name, bs=bs, epochs=epochs, seed=seed, bar=console.is_terminal)
         rows.append(row)
         if learn: learns[name] = learn
-        else: console.print(row['note'])
+        elif console.is_terminal: console.print(row['note'])
     console.print()
     console.print(_table(rows))
-    console.print(f"1,440 images to train on, 357 held out; SGD, one cycle up to 0.03; seed {seed}; torch {torch.__version__}, {learn.dls.device}, {torch.get_num_threads()} threads")
+    console.print(f"1,440 images to train on, 357 held out; SGD, one cycle up to 0.01; seed {seed}; torch {torch.__version__}, {learn.dls.device}, {torch.get_num_threads()} threads")
     plot_curves(learns, f"Lesson 10's convnet, {task}", out)
     console.print(f"Learning curves: {out}")
-
-# %% ../nbs/10_cli.ipynb #b4275000
-def _table(rows):
-    "A rich table of `_contend`'s rows"
-    from rich.table import Table
-    table = Table('norm', *(dict(header=h, justify='right')['header'] for h in ('accuracy','valid. loss','time')))
-    for col in table.columns[1:]: col.justify = 'right'
-    for r in rows: table.add_row(r['norm'], *([r['note'],'',''] if r['note'] else [f"{r['accuracy']:.3f}", f"{r['valid_loss']:.3f}", f"{r['seconds']:.1f} s"]))
-    return table
 
 # %% ../nbs/10_cli.ipynb #c6408ed8
 class OneLineParser(ArgumentParser):

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['digits_dls', 'lesson10_convnet']
 
-# %% ../../nbs/09_bench.tasks.ipynb #9e371214
+# %% ../../nbs/09_bench.tasks.ipynb #b053d0e5
 import torch
 from torch import nn
 from sklearn.datasets import load_digits
-from fastai.basics import DataLoaders,DataLoader,default_device
+from torch.utils.data import TensorDataset
+from fastai.basics import DataLoaders,DataLoader,CrossEntropyLossFlat,default_device
 
-# %% ../../nbs/09_bench.tasks.ipynb #4ed72f48
+# %% ../../nbs/09_bench.tasks.ipynb #90bf4bd3
 def digits_dls(
     bs:int=2, # Training batch size
     size:int=28, # Pixels a side, scaled up from 8
     n_train:int=1440, # Images to train on, of 1,797; the rest validates
     device=None, # Default: fastai's
 )->DataLoaders: # Batches of `(bs,1,size,size)` float images, mean 0 and standard deviation 1, and `(bs,)` classes
-    "scikit-learn's digits as fastai `DataLoaders`; the split is the same every time, the order of training follows `set_seed`"
+    "scikit-learn's digits as fastai `DataLoaders`, cross entropy their loss; the split is always the same, the order of training follows `set_seed`"
     digits = load_digits()
     x,y = torch.tensor(digits.images, dtype=torch.float32)[:,None],torch.tensor(digits.target)
     x = nn.functional.interpolate(x, size=(size,size), mode='bilinear')
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     x,y = ((x-x.mean())/x.std())[order],y[order]
-    items = list(zip(x, y))
-    train,valid = DataLoader(items[:n_train], bs=bs, shuffle=True),DataLoader(items[n_train:], bs=len(x))
+    train,valid = TensorDataset(x[:n_train],y[:n_train]),TensorDataset(x[n_train:],y[n_train:])
+    train.loss_func = CrossEntropyLossFlat()
+    train,valid = DataLoader(train, bs=bs, shuffle=True),DataLoader(valid, bs=len(x))
     return DataLoaders(train, valid, device=device or default_device())
 
 # %% ../../nbs/09_bench.tasks.ipynb #8015054d

@@ -1,0 +1,5 @@
+"Everything a user needs: `from fastai_runbn.all import *`"
+from fastai_runbn.layers import *
+from fastai_runbn.surgery import *
+from fastai_runbn.schedule import *
+from fastai_runbn.callback import *

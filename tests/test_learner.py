@@ -1,0 +1,105 @@
+"The callback with real Learners on digits: trains, changes nothing before it, and goes back"
+import warnings
+import pytest,torch
+from torch import nn
+from torchvision.models import resnet18
+from fastai.vision.all import Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
+from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,RunningBatchNormMixin,surgery_report,to_bn,to_runbn
+from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
+from fastai_runbn.cli import train_digits
+
+def plain_learner(cbs=None, bs=32): return Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, cbs=cbs)
+def vision(cbs=None, bs=4):
+    return vision_learner(digits_dls(bs, size=32), resnet18, n_in=1, n_out=10, pretrained=False, normalize=False, metrics=accuracy, cbs=cbs)
+makers = dict(plain=plain_learner, vision=vision)
+
+@pytest.fixture(params=makers)
+def make(request):
+    "Makes a seeded learner that shows nothing"
+    def _make(cbs=None):
+        set_seed(3)
+        learn = makers[request.param](cbs)
+        learn.remove_cb(learn.progress)
+        learn.logger = lambda *args: None
+        return learn
+    return _make
+
+def trained_stats(model):
+    "Statistics as after some training, so that nothing is at its initial value"
+    g = torch.Generator().manual_seed(5)
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.running_mean.normal_(generator=g); m.running_var.uniform_(.5, 2, generator=g); m.num_batches_tracked.fill_(100)
+
+def test_runbn_is_far_ahead_of_batchnorm_at_bs_2():
+    bn,run = train_digits(bs=2, epochs=1, bar=False),train_digits(RunBNCallback(), bs=2, epochs=1, bar=False)
+    assert run.recorder.values[-1][2] > .85
+    assert run.recorder.values[-1][2] > bn.recorder.values[-1][2]+.2
+
+def test_learners_train(make):
+    learn = make(RunBNCallback())
+    first = learn.validate()[0]
+    before = {n:p.detach().clone() for n,p in learn.model.named_parameters()}
+    learn.fit(1, 3e-3, cbs=ShortEpochCallback(.2))
+    assert learn.validate()[0] < first
+    norms = {n for n,m in learn.model.named_modules() if isinstance(m, RunningBatchNormMixin)}
+    assert len(norms) == len(learn.run_bn.report.running) > 4 and not learn.run_bn.report.convertible
+    for n,p in learn.model.named_parameters():
+        assert not torch.equal(p, before[n]), f'{n} did not move'
+
+def test_validate_before_any_fit_is_bit_equal(make):
+    bn,run = make(),make(RunBNCallback())
+    for l in (bn,run): trained_stats(l.model)
+    keys = list(run.model.state_dict())
+    assert bn.validate() == run.validate()
+    torch.testing.assert_close(run.get_preds()[0], bn.get_preds()[0], rtol=0, atol=0)
+    assert run.run_bn.report.running
+    assert list(run.model.state_dict()) == keys
+    for (k,a),b in zip(run.model.state_dict().items(), bn.model.state_dict().values()): assert torch.equal(a, b), k
+
+def test_to_bn_gives_back_types_and_identical_outputs(make):
+    learn = make(RunBNCallback())
+    types = [type(m) for m in learn.model.modules()]
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.1))
+    assert [type(m) for m in learn.model.modules()] != types
+    preds = learn.get_preds()[0]
+    assert learn.to_bn() is learn and not hasattr(learn, 'run_bn')
+    assert torch.equal(learn.get_preds()[0], preds)
+    assert [type(m) for m in learn.model.modules()] == types
+
+def test_parameters_stay_the_optimizers(make):
+    learn = make(RunBNCallback())
+    params = {id(p) for p in learn.model.parameters()}
+    for _ in range(2): learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
+    assert {id(p) for p in learn.model.parameters()} == params == {id(p) for p in learn.opt.all_params().itemgot(0)}
+
+def test_second_fit_keeps_the_window(make):
+    learn = make(RunBNCallback())
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.1))
+    norms = [m for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin)]
+    state = [m.window_mean.clone() for m in norms]
+    learn.validate()
+    learn('before_fit')
+    assert all(torch.equal(m.window_mean, s) for m,s in zip(norms, state))
+
+def test_lr_find_restores_and_the_fit_after_it_works(make):
+    learn = make(RunBNCallback())
+    sd = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, sd[k]), k
+    norms = [m for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin)]
+    assert norms and all(m.window_count==0 for m in norms)             # as fresh as before
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
+
+def test_shared_and_root_layers():
+    bn = nn.BatchNorm2d(4)
+    net = to_runbn(nn.Sequential(bn, nn.ReLU(), bn))
+    assert net[0] is net[2] is bn and type(bn) is RunningBatchNorm2d
+    assert [r.name for r in surgery_report(net).rows] == ['0']
+    assert type(to_bn(to_runbn(nn.BatchNorm2d(4)))) is nn.BatchNorm2d
+
+def test_lesson10_settings_reach_the_layers():
+    learn = train_digits(RunBNCallback(**LESSON10), bs=32, epochs=1, bar=False)
+    assert all(m.settings()=={**LESSON10} for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin))

@@ -1,0 +1,44 @@
+"The layer with lesson 10's settings, step by step beside the reference: outputs, gradients and state, float64"
+import numpy as np,pytest,torch
+from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,LESSON10
+from fastai_runbn.reference import ReferenceRunningBatchNorm
+
+C = 5
+cases = {'1d (N,C)':(RunningBatchNorm1d,()), '1d (N,C,L)':(RunningBatchNorm1d,(7,)), '2d':(RunningBatchNorm2d,(4,3)), '3d':(RunningBatchNorm3d,(2,3,2))}
+
+def close(a, b, what):
+    err = ((a-b).abs()/b.abs().clamp(min=1)).max().item()
+    assert err < 1e-10, f'{what}: off by {err:.1e}'
+
+@pytest.mark.parametrize('affine', [True,False], ids=['affine','plain'])
+@pytest.mark.parametrize('case', cases)
+def test_300_steps(case, affine):
+    cls,space = cases[case]
+    ours = cls(C, affine=affine, dtype=torch.float64, **LESSON10)
+    ref = ReferenceRunningBatchNorm(C, affine=affine).double()
+    if affine:
+        with torch.no_grad():
+            for o,r in ((ours.weight,ref.mults), (ours.bias,ref.adds)): o.copy_(v:=torch.randn(C)+1); r.copy_(v)
+    scale,shift = torch.rand(C).double()*3+.1,torch.randn(C).double()*2
+    for step,bs in enumerate(np.random.default_rng(0).integers(1, 33, 300).tolist()):
+        shape = (1,C)+(1,)*len(space)
+        x = torch.randn(bs,C,*space).double()*scale.view(shape) + shift.view(shape)
+        xo,xr,dy = x.clone().requires_grad_(),x.clone().requires_grad_(),torch.randn_like(x)
+        yo,yr = ours(xo),ref(xr)
+        for p in (*ours.parameters(),*ref.parameters()): p.grad = None
+        yo.backward(dy); yr.backward(dy)
+        at = f'step {step}, bs {bs}'
+        close(yo, yr, f'output, {at}'); close(xo.grad, xr.grad, f'input gradient, {at}')
+        if affine: close(ours.weight.grad, ref.mults.grad, f'γ gradient, {at}'); close(ours.bias.grad, ref.adds.grad, f'β gradient, {at}')
+        S,Q,n = [b.detach() for b in (ref.sums,ref.sqrs,ref.count)]
+        close(ours.window_mean, S/n, f'mean, {at}'); close(ours.window_var, Q/n-(S/n)**2, f'variance, {at}'); close(ours.window_count, n, f'count, {at}')
+        assert ours.samples_seen.item() == ref.batch.item() and ours.num_batches_tracked.item() == ref.step.item()
+    x = torch.randn(3,C,*space).double()
+    close(ours.eval()(x), ref.eval()(x), 'output in evaluation')
+
+def test_float32_agrees_to_float32():
+    "The same in float32, where the reference can do it: means of the order of the standard deviation"
+    ours,ref = RunningBatchNorm2d(C, **LESSON10),ReferenceRunningBatchNorm(C)
+    for _ in range(100):
+        x = torch.randn(2,C,4,4)
+        torch.testing.assert_close(ours(x), ref(x), atol=1e-4, rtol=1e-4)

@@ -1,0 +1,71 @@
+"Notebooks, modules, README and the two configuration files say the same"
+import json,os,re,shutil,subprocess,sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+try: import tomllib
+except ImportError: import tomli as tomllib
+
+root = Path(__file__).resolve().parent.parent
+package = root/'fastai_runbn'
+by_hand = {'all.py'} # re-exports, from no notebook
+notebooks = sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+project = tomllib.loads((root/'pyproject.toml').read_text())
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of the notebooks and configuration, with an empty package, in which nbdev may write"
+    d = tmp_path_factory.mktemp('sync')
+    shutil.copytree(root/'nbs', d/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    (d/'fastai_runbn').mkdir()
+    for f in ('pyproject.toml','fastai_runbn/__init__.py'): shutil.copy(root/f, d/f)
+    return d
+
+def nbdev(cmd, cwd):
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
+    tool = Path(sys.executable).parent/f'nbdev-{cmd}'
+    subprocess.run([str(tool)], cwd=cwd, env=env, check=True, capture_output=True, text=True)
+
+def modules(d): return {p.relative_to(d).as_posix():p.read_text() for p in d.rglob('*.py') if '__pycache__' not in p.parts}
+
+def test_modules_are_what_the_notebooks_export(copy):
+    nbdev('export', copy)
+    made,have = modules(copy/'fastai_runbn'),modules(package)
+    assert set(made) == set(have)-by_hand
+    for name in made: assert made[name] == have[name], f"fastai_runbn/{name} and its notebook differ: run nbdev-export, or nbdev-update if the module is right"
+
+def test_notebooks_are_clean(copy):
+    nbdev('clean', copy)
+    for p in notebooks:
+        assert (copy/'nbs'/p.relative_to(root/'nbs')).read_text() == p.read_text(), f"{p.name} is not clean: run nbdev-clean"
+
+@pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
+def test_notebook_is_executed(path):
+    "No error is saved, no path of somebody's machine, and what ends in a value or a plot has an output"
+    cells = [c for c in json.loads(path.read_text())['cells'] if c['cell_type']=='code']
+    outputs = [o for c in cells for o in c['outputs']]
+    assert not [o['evalue'] for o in outputs if o['output_type']=='error']
+    texts = [''.join(o.get('text', o.get('data',{}).get('text/plain',''))) for o in outputs]
+    assert not [t for t in texts if re.search(r'site-packages|/home/|/root/|/tmp/|\.py:\d+:', t)]
+    for c in cells:
+        src = ''.join(c['source'])
+        if 'plt.show()' in src and '#| hide' not in src: assert any('image/png' in o.get('data',{}) for o in c['outputs']), f"not executed: {src[:80]!r}"
+
+def test_readme_is_made_from_the_index():
+    done = subprocess.run([sys.executable, str(root/'tools/readme.py'), '--check'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+def test_settings_ini_equals_pyproject():
+    ini = ConfigParser()
+    ini.read(root/'settings.ini')
+    s,p,n = ini['DEFAULT'],project['project'],project['tool']['nbdev']
+    version = re.search(r'__version__ = "(.+)"', (package/'__init__.py').read_text())[1]
+    assert (s['lib_name'], s['version'], s['description']) == (p['name'], version, p['description'])
+    assert s['requirements'].split() == p['dependencies']
+    assert s['dev_requirements'].split() == p['optional-dependencies']['dev']
+    assert s['keywords'].split() == p['keywords']
+    assert s['min_python'] == p['requires-python'].lstrip('>=')
+    assert (s['author'], s['author_email']) == (p['authors'][0]['name'], p['authors'][0]['email'])
+    assert [s['console_scripts']] == [f'{k}={v}' for k,v in p['scripts'].items()]
+    for k in ('lib_path','nbs_path','doc_path'): assert s[k] == n[k]
+    assert s['tst_flags'].split() == n['tst_flags']
