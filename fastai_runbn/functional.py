@@ -44,12 +44,21 @@ class _Normalize(Function):
         db = dbias.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return dx,dw,db,None,None,None,None,None,None
 
-# %% ../nbs/02_functional.ipynb #4564c21a
-def _credited(g, window_grad, rho, credit):
-    "$G$ from the batch's `g` `(2,C)`; merges `g` into `window_grad` in place"
-    if window_grad is None or credit==0: return rho*g
+# %% ../nbs/02_functional.ipynb #f8bb0ab3
+def _merge_grad(g, window_grad, rho, credit):
+    "Merge `g` `(2,C)` into `window_grad` in place; $G$"
     window_grad.lerp_(g, rho)
     return credit*window_grad + (1-credit)*rho*g
+
+@torch.library.custom_op('fastai_runbn::merge_grad', mutates_args=('window_grad',))
+def _merge_grad_op(g:Tensor, window_grad:Tensor, rho:Tensor, credit:float)->Tensor: return _merge_grad(g, window_grad, rho, credit)
+@_merge_grad_op.register_fake
+def _(g, window_grad, rho, credit): return torch.empty_like(g)
+
+def _credited(g, window_grad, rho, credit):
+    "$G$ from the batch's `g`"
+    if window_grad is None or credit==0: return rho*g
+    return (_merge_grad_op if torch.compiler.is_compiling() else _merge_grad)(g, window_grad, rho, credit)
 
 # %% ../nbs/02_functional.ipynb #394ad406
 def running_batch_norm(

@@ -50,10 +50,11 @@ def merge_moments(
     d = m-mean
     return mean + rho*d, var + rho*(v-var) + rho*(1-rho)*d*d
 
-# %% ../nbs/01_moments.ipynb #a9a5f3e4
+# %% ../nbs/01_moments.ipynb #3fa4cfb7
 def average_share(
-    t:Tensor, # Number of this batch, from 1; infinity: the average is full
+    t:Tensor, # Number of this batch, from 1; large: the average is full
     a:float, # Weight of a batch in the full average
-)->Tensor: # Share of this batch, a scalar
-    "Share $\\max(a, 1/t)$ of batch number `t`: a plain mean at first, an exponential moving average from $t=1/a$ on"
-    return (1/t).clamp(min=a)
+    k:int=9, # While young, the average covers about $1/(k+1)$ of the batches so far; 0: all of them, alike
+)->Tensor: # Share of this batch, in (0,1], shaped as `t`
+    "Share $\\max(a, (k+1)/(t+k))$ of batch number `t` in a long average (Shamir and Zhang, 2013, then exponential)"
+    return ((k+1)/(t+k)).clamp(min=a)

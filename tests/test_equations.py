@@ -161,12 +161,12 @@ def test_credit_over_many_steps_against_numpy(credit):
         g = np.stack([dy.mean(0),(dy*xhat).mean(0)*free])
         gbar = gbar+rho*(g-gbar)
         G = credit*gbar+(1-credit)*rho*g
-        w = max(min(1,bs/200), 1/step)
+        w = max(min(1,bs/200), 10/(step+9))
         dm = m-rm
         rm,rv = rm+w*dm,rv+w*(v-rv)+w*(1-w)*dm*dm
         for have,want,what in ((y,xhat,'y'), (xt.grad,f*(dy-G[0]-xhat*G[1]*free),'dx'), (layer.window_mean,mu,'mean'), (layer.window_var,var,'variance'),
                                (layer.window_grad,gbar,'running gradient'), (layer.running_mean,rm,'running_mean'), (layer.running_var,rv,'running_var')):
             np.testing.assert_allclose(have.detach().numpy(), want, rtol=1e-10, atol=1e-10, err_msg=f'{what}, step {step}, bs {bs}')
 
-def test_eval_share_is_the_larger_of_1_over_t_and_bs_over_window():
-    assert [average_share(t(v)[0], .01).item() for v in (1.,4.,100.,1e6,math.inf)] == [1.,.25,.01,.01,.01]
+def test_eval_share_is_the_larger_of_10_over_t_plus_9_and_bs_over_window():
+    assert [average_share(t(v)[0], .01).item() for v in (1.,11.,91.,1e6,math.inf)] == [1.,.5,.1,.01,.01]
