@@ -29,6 +29,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_runbn.functional._Normalize.forward': ( 'functional.html#_normalize.forward',
                                                                                          'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._credited': ('functional.html#_credited', 'fastai_runbn/functional.py'),
+                                         'fastai_runbn.functional._keep': ('functional.html#_keep', 'fastai_runbn/functional.py'),
+                                         'fastai_runbn.functional._keep_op': ('functional.html#_keep_op', 'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._merge_grad': ( 'functional.html#_merge_grad',
                                                                                   'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._merge_grad_op': ( 'functional.html#_merge_grad_op',

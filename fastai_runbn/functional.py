@@ -60,7 +60,17 @@ def _credited(g, window_grad, rho, credit):
     if window_grad is None or credit==0: return rho*g
     return (_merge_grad_op if torch.compiler.is_compiling() else _merge_grad)(g, window_grad, rho, credit)
 
-# %% ../nbs/02_functional.ipynb #394ad406
+# %% ../nbs/02_functional.ipynb #2ef71586
+@torch.library.custom_op('fastai_runbn::keep', mutates_args=())
+def _keep_op(t:Tensor)->Tensor: return t.clone()
+@_keep_op.register_fake
+def _(t): return torch.empty_like(t)
+
+def _keep(*ts):
+    "`ts`, safe from being computed again by a compiled backward"
+    return [_keep_op(t) for t in ts] if torch.compiler.is_compiling() else ts
+
+# %% ../nbs/02_functional.ipynb #d0a24220
 def running_batch_norm(
     x:Tensor, # Activations, `(N,C,*)`
     window_mean:Tensor, # Mean of the window `(C,)`, updated in place
@@ -83,4 +93,5 @@ def running_batch_norm(
         window_mean.copy_(mean); window_var.copy_(var); window_count.copy_(count)
         free = torch.ones_like(var) if floor is None else (var>=floor).to(var)
         rstd = (var if floor is None else torch.maximum(var, floor)).add(eps).rsqrt()
+        mean,rstd,rho,free = _keep(mean, rstd, rho, free)
     return _Normalize.apply(x, weight, bias, mean, rstd, rho, free, window_grad, credit), m, v

@@ -24,7 +24,7 @@ def runbn_settings(
     clamp_inclusive:bool=False, # Count this batch's samples before looking up `clamp`?
 )->dict: # All settings, checked
     "All settings of a running norm, the defaults filled in; `ValueError` for one out of range"
-    def check(ok, what): 
+    def check(ok, what):
         if not ok: raise ValueError(what)
     check(isinstance(momentum, (int,float)) and 0<momentum<=1, f"momentum={momentum!r}: a number in (0,1], the weight of a batch of two, was expected.")
     check(0<=credit<=1, f"credit={credit!r}: a number in [0,1] was expected; 0 is lesson 10, 1 gives a batch its full gradient.")
@@ -77,7 +77,7 @@ def make_plain(self:RunningBatchNormMixin):
         self._non_persistent_buffers_set.discard(name)
     for name in runbn_settings().keys()-{'momentum'}: vars(self).pop(name, None)
 
-# %% ../nbs/03_layers.ipynb #32bbb97a
+# %% ../nbs/03_layers.ipynb #8800023b
 @patch
 @torch.no_grad()
 def seed_window(self:RunningBatchNormMixin):
@@ -86,7 +86,7 @@ def seed_window(self:RunningBatchNormMixin):
     full = torch.where(trained, math.inf, 0.)
     self.window_mean.copy_(self.running_mean); self.window_var.copy_(self.running_var)
     self.window_count.copy_(full); self.window_grad.zero_()
-    self.samples_seen.copy_(torch.where(trained, len(self.clamp), 0))
+    self.samples_seen.copy_(torch.where(trained, 2**40, 0))
     self.eval_steps.copy_(torch.where(self.num_batches_tracked>0, self.num_batches_tracked, full))
 
 # %% ../nbs/03_layers.ipynb #951d64f0
