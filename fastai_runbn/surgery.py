@@ -83,7 +83,7 @@ def _repr_markdown_(self:SurgeryReport):
     table = [_columns, ['---']*len(_columns), *map(_cells, self.rows)]
     return '\n'.join([self.counts, '', *('|'+'|'.join(row)+'|' for row in table)])
 
-# %% ../nbs/04_surgery.ipynb #89ac7804
+# %% ../nbs/04_surgery.ipynb #7ce6207e
 def _patterns(pats, rows, arg):
     "`pats` as a list, each checked to match some layer of `rows`, `(names,module)`"
     pats,names = listify(pats),[n for ns,_ in rows for n in ns]
@@ -103,9 +103,9 @@ def surgery_report(
     if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module was expected, not a {type(model).__name__} ({model!r}).")
     found = {}
     for name,m in model.named_modules(remove_duplicate=False): found.setdefault(id(m), ([],m))[0].append(name)
-    def is_bn(m): return isinstance(m, _BatchNorm) or 'BatchNorm' in type(m).__name__
-    rows = [o for o in found.values() if is_bn(o[1])]
-    others = Counter(type(m).__name__ for _,m in found.values() if not is_bn(m) and 'Norm' in type(m).__name__)
+    def named(m, part): return part in type(m).__name__ and not any(True for _ in m.children())
+    rows = [o for o in found.values() if isinstance(o[1], _BatchNorm) or named(o[1], 'BatchNorm')]
+    others = Counter(type(m).__name__ for _,m in found.values() if not isinstance(m, _BatchNorm) and named(m, 'Norm') and not named(m, 'BatchNorm'))
     include,exclude = _patterns(include, rows, 'include'),_patterns(exclude, rows, 'exclude')
     return SurgeryReport([_row(names, m, include, exclude, filter_fn) for names,m in rows], others)
 
