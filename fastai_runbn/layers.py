@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .moments import lesson10_momentum,merge_moments,average_share
 from .functional import running_batch_norm
 
-# %% ../nbs/03_layers.ipynb #931fd8ca
+# %% ../nbs/03_layers.ipynb #aa465bfb
 def runbn_settings(
     momentum:float=0.1, # Weight of a batch of two in the window, in (0,1]
     credit:float=0.5, # Share of the statistics' gradient taken from a running average, in [0,1]
