@@ -59,12 +59,10 @@ def plot_curves(
     for (name,learn),c,mk in zip(learns.items(), ('#d55e00','#0072b2','#009e73','#cc79a7'), 'osD^'):
         loss.plot(learn.recorder.losses, color=c, label=name)
         accs = [v[2] for v in learn.recorder.values]
-        acc.plot(range(1,len(accs)+1), accs, color=c, marker=mk, label=name)
-        acc.annotate(f'{accs[-1]:.3f}', (len(accs),accs[-1]), xytext=(0,6), textcoords='offset points', ha='center', color=c)
+        acc.plot(range(1,len(accs)+1), accs, color=c, marker=mk, label=f'{name}: {accs[-1]:.3f} in the end')
     loss.set(xlabel='step', ylabel='training loss (smoothed)', ylim=(0,None))
     acc.set(xlabel='epoch', ylabel='validation accuracy', ylim=(0,1.08))
     acc.set_xticks(range(1,max(len(l.recorder.values) for l in learns.values())+1))
-    acc.margins(x=.15)
     fig.legend(*acc.get_legend_handles_labels(), loc='outside lower center', ncols=len(learns))
     if title: fig.suptitle(title)
     if path: fig.savefig(path, dpi=120)

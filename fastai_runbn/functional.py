@@ -70,7 +70,7 @@ def _keep(*ts):
     "`ts`, safe from being computed again by a compiled backward"
     return [_keep_op(t) for t in ts] if torch.compiler.is_compiling() else ts
 
-# %% ../nbs/02_functional.ipynb #d0a24220
+# %% ../nbs/02_functional.ipynb #5bb33af4
 def running_batch_norm(
     x:Tensor, # Activations, `(N,C,*)`
     window_mean:Tensor, # Mean of the window `(C,)`, updated in place
@@ -83,7 +83,7 @@ def running_batch_norm(
     window_grad:Tensor=None, # Running means of $g_1$ and $g_2$ `(2,C)`, updated in place by backward; needed for `credit`
     floor:Tensor=None, # Least variance to normalise with, a scalar or `(C,)`
     eps:float=1e-5, # Added to the variance
-)->tuple: # $y$, as `x`; and the batch's own mean and biased variance `(C,)`
+)->tuple: # $y$, as `x`; the batch's own mean and biased variance `(C,)`; its share $\rho$ in the window
     "Normalise `x` with the window after merging it in, in training; design after fast.ai lesson 10 and MABN"
     with torch.no_grad():
         m,v,M = batch_moments(x)
@@ -94,4 +94,4 @@ def running_batch_norm(
         free = torch.ones_like(var) if floor is None else (var>=floor).to(var)
         rstd = (var if floor is None else torch.maximum(var, floor)).add(eps).rsqrt()
         mean,rstd,rho,free = _keep(mean, rstd, rho, free)
-    return _Normalize.apply(x, weight, bias, mean, rstd, rho, free, window_grad, credit), m, v
+    return _Normalize.apply(x, weight, bias, mean, rstd, rho, free, window_grad, credit), m, v, rho

@@ -120,7 +120,7 @@ def extra_repr(self:RunningBatchNormMixin):
     shown = dict(credit=self.credit, eval_window=self.eval_window, clamp=clamp, clamp_inclusive=self.clamp_inclusive)
     return ', '.join([super(RunningBatchNormMixin, self).extra_repr(), *(f'{k}={v}' for k,v in shown.items())])
 
-# %% ../nbs/03_layers.ipynb #da08796a
+# %% ../nbs/03_layers.ipynb #edb2f9b2
 @patch
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     "Normalise `x`, `(N,C,*)`: with the window in training, which it updates, and with `running_mean`/`running_var` in evaluation"
@@ -130,19 +130,19 @@ def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     if self.clamp:
         seen = self.samples_seen + bs*self.clamp_inclusive
         floor = self.clamp_floor.index_select(0, seen.clamp(max=len(self.clamp)))
-    y,m,v = running_batch_norm(x, self.window_mean, self.window_var, self.window_count, self.weight, self.bias,
+    y,m,v,rho = running_batch_norm(x, self.window_mean, self.window_var, self.window_count, self.weight, self.bias,
         lesson10_momentum(bs, self.momentum), self.credit, self.window_grad, floor, self.eps)
-    self._track(m, v, bs)
+    self._track(m, v, rho, bs)
     return y
 
 @patch
 @torch.no_grad()
-def _track(self:RunningBatchNormMixin, m, v, bs):
+def _track(self:RunningBatchNormMixin, m, v, rho, bs):
     "Count the batch, and merge its moments into the statistics for evaluation"
     for buf,n in ((self.num_batches_tracked,1), (self.eval_steps,1), (self.samples_seen,bs)): buf.add_(n)
     mean,var = self.window_mean,self.window_var
     if self.eval_window is not None:
-        share = average_share(self.eval_steps, min(1, bs/self.eval_window))
+        share = average_share(self.eval_steps, min(1, bs/self.eval_window), rho)
         mean,var = merge_moments(self.running_mean.to(m.dtype), self.running_var.to(m.dtype), m, v, share)
     self.running_mean.copy_(mean); self.running_var.copy_(var)
 

@@ -50,11 +50,12 @@ def merge_moments(
     d = m-mean
     return mean + rho*d, var + rho*(v-var) + rho*(1-rho)*d*d
 
-# %% ../nbs/01_moments.ipynb #3fa4cfb7
+# %% ../nbs/01_moments.ipynb #d7549dfe
 def average_share(
     t:Tensor, # Number of this batch, from 1; large: the average is full
     a:float, # Weight of a batch in the full average
+    rho:float|Tensor=1., # Share of the batch in the training window, which the average is not to be shorter than
     k:int=9, # While young, the average covers about $1/(k+1)$ of the batches so far; 0: all of them, alike
 )->Tensor: # Share of this batch, in (0,1], shaped as `t`
-    "Share $\\max(a, (k+1)/(t+k))$ of batch number `t` in a long average (Shamir and Zhang, 2013, then exponential)"
-    return ((k+1)/(t+k)).clamp(min=a)
+    "Share $\\max(a, \\min(\\rho, (k+1)/(t+k)))$ of batch number `t` in a long average (Shamir and Zhang, 2013, then exponential)"
+    return ((k+1)/(t+k)).clamp(max=rho).clamp(min=a)

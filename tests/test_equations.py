@@ -73,7 +73,7 @@ def test_floor_divides_by_sqrt_001_plus_eps():
 def test_y_is_gamma_xhat_plus_beta():
     x,w,b = torch.randn(2,3,4).double(),torch.randn(3).double(),torch.randn(3).double()
     win = [torch.randn(3).double(), torch.rand(3).double()+.5, torch.tensor(8.).double()]
-    y,_,_ = running_batch_norm(x, *win, w, b, momentum=.2, eps=1e-3)
+    y,*_ = running_batch_norm(x, *win, w, b, momentum=.2, eps=1e-3)
     mu,var = (o.view(3,1) for o in win[:2])                            # updated in place: the merged ones
     torch.testing.assert_close(y, w.view(3,1)*(x-mu)/(var+1e-3).sqrt()+b.view(3,1), rtol=1e-12, atol=1e-12)
 
@@ -82,7 +82,7 @@ def backward(credit, floor=None, grad=None, count=8., momentum=.2):
     x,w,b = (torch.randn(s).double().requires_grad_() for s in ((2,3,4),3,3))
     win,grad = [torch.randn(3).double(), torch.rand(3).double()+.5, torch.tensor(count).double()],torch.zeros(2,3).double() if grad is None else grad
     rho = window_share(win[2], 8, momentum)[1]
-    y,_,_ = running_batch_norm(x, *win, w, b, momentum=momentum, credit=credit, window_grad=grad, floor=floor)
+    y,*_ = running_batch_norm(x, *win, w, b, momentum=momentum, credit=credit, window_grad=grad, floor=floor)
     dy = torch.randn_like(y)
     y.backward(dy)
     var = win[1] if floor is None else torch.maximum(win[1], floor)
@@ -161,12 +161,13 @@ def test_credit_over_many_steps_against_numpy(credit):
         g = np.stack([dy.mean(0),(dy*xhat).mean(0)*free])
         gbar = gbar+rho*(g-gbar)
         G = credit*gbar+(1-credit)*rho*g
-        w = max(min(1,bs/200), 10/(step+9))
+        w = max(min(1,bs/200), min(rho, 10/(step+9)))
         dm = m-rm
         rm,rv = rm+w*dm,rv+w*(v-rv)+w*(1-w)*dm*dm
         for have,want,what in ((y,xhat,'y'), (xt.grad,f*(dy-G[0]-xhat*G[1]*free),'dx'), (layer.window_mean,mu,'mean'), (layer.window_var,var,'variance'),
                                (layer.window_grad,gbar,'running gradient'), (layer.running_mean,rm,'running_mean'), (layer.running_var,rv,'running_var')):
             np.testing.assert_allclose(have.detach().numpy(), want, rtol=1e-10, atol=1e-10, err_msg=f'{what}, step {step}, bs {bs}')
 
-def test_eval_share_is_the_larger_of_10_over_t_plus_9_and_bs_over_window():
+def test_eval_share_is_max_a_min_rho_10_over_t_plus_9():
     assert [average_share(t(v)[0], .01).item() for v in (1.,11.,91.,1e6,math.inf)] == [1.,.5,.1,.01,.01]
+    assert [average_share(t(v)[0], .01, .2).item() for v in (1.,11.,91.,1e6)] == [.2,.2,.1,.01]
