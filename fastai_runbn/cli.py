@@ -6,7 +6,7 @@
 __all__ = ['commands', 'train_digits', 'plot_curves', 'demo', 'OneLineParser', 'runbn_parser', 'main']
 
 # %% ../nbs/10_cli.ipynb #81cb3a77
-import sys,time,warnings
+import time,warnings
 from argparse import ArgumentParser
 from pathlib import Path
 from fastcore.script import anno_parser,CliError
@@ -37,6 +37,7 @@ _contenders = 'BatchNorm','RunBNCallback()'
 
 def _contend(name, **kwargs):
     "Train with `name` of `_contenders`: its Learner or None, and a row of results"
+    import fastai.callback.all,fastai_runbn.bench.tasks # noqa: before the clock starts, so that the first of two does not pay for them
     from fastai_runbn.callback import RunBNCallback
     start = time.perf_counter()
     try: learn = train_digits(None if name=='BatchNorm' else RunBNCallback(), **kwargs)
