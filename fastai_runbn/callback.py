@@ -25,14 +25,18 @@ class RunBNCallback(Callback):
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
-        self.choice,self.settings,self.report = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,None
+        self.choice,self.settings,self._looked = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,False
+
+    @property
+    def report(self):
+        "What became of every norm of the model, as it is now"
+        return surgery.surgery_report(self.learn.model, **self.choice)
 
     def before_fit(self):
         "Convert what is not converted yet; the window and statistics of what is stay as they are"
-        seen,self.report = self.report,surgery.surgery_report(self.learn.model, **self.choice)
-        if seen is None or self.report.convertible:
-            surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
-            self.report = surgery.surgery_report(self.learn.model, **self.choice)
+        if self._looked and not self.report.convertible: return
+        surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
+        self._looked = True
 
 # %% ../nbs/06_callback.ipynb #38af02ac
 @patch

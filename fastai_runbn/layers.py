@@ -8,43 +8,48 @@ __all__ = ['LESSON10', 'window_buffers', 'RunningBatchNorm', 'runbn_settings', '
 
 # %% ../nbs/03_layers.ipynb #660aa815
 import math
+from collections import deque
 from functools import partial
-import torch
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .moments import lesson10_momentum,merge_moments,average_share
-from .functional import running_batch_norm
+from .moments import batch_moments,batch_weight,merge_moments,average_share
+from .functional import window_statistics,normalize
 
 # %% ../nbs/03_layers.ipynb #aa465bfb
 def runbn_settings(
-    momentum:float=0.1, # Weight of a batch of two in the window, in (0,1]
+    momentum=0.1, # Weight of a batch of two in the window, in (0,1]; a function of batch size and values per channel that gives a weight; `None`: cumulative average
     credit:float=0.5, # Share of the statistics' gradient taken from a running average, in [0,1]
     eval_window:int|None=200, # Samples that evaluation averages over; `None`: the training window
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples, a sequence of floats; none from its end on
     clamp_inclusive:bool=False, # Count this batch's samples before looking up `clamp`?
+    persistent_window:bool=False, # Save the window in the `state_dict` too?
 )->dict: # All settings, checked
     "All settings of a running norm, the defaults filled in; `ValueError` for one out of range"
     def check(ok, what):
         if not ok: raise ValueError(what)
-    check(isinstance(momentum, (int,float)) and 0<momentum<=1, f"momentum={momentum!r}: a number in (0,1], the weight of a batch of two, was expected.")
+    if callable(momentum):
+        for bs in (1,2,64): check(0<(a:=momentum(bs, 49*bs))<=1, f"momentum={momentum!r} gives {a!r} for a batch of {bs}; a weight in (0,1] was expected.")
+    else: check(momentum is None or isinstance(momentum, (int,float)) and 0<momentum<=1,
+                f"momentum={momentum!r}: a number in (0,1], the weight of a batch of two, was expected, or a function of batch size and values per channel, or None.")
     check(0<=credit<=1, f"credit={credit!r}: a number in [0,1] was expected; 0 is lesson 10, 1 gives a batch its full gradient.")
     check(eval_window is None or eval_window>=1, f"eval_window={eval_window!r}: a number of samples, 1 or more, or None was expected.")
     clamp = tuple(float(o) for o in clamp or ())
     check(all(0<=o<math.inf for o in clamp), f"clamp={clamp!r}: variances, 0 or more, were expected.")
-    return dict(momentum=momentum, credit=credit, eval_window=eval_window, clamp=clamp, clamp_inclusive=clamp_inclusive)
+    return dict(momentum=momentum, credit=credit, eval_window=eval_window, clamp=clamp, clamp_inclusive=clamp_inclusive, persistent_window=persistent_window)
 
 # %% ../nbs/03_layers.ipynb #bddcf56a
 LESSON10 = dict(momentum=0.1, credit=0., eval_window=None, clamp=(0.01,)*20, clamp_inclusive=True)
 
 # %% ../nbs/03_layers.ipynb #053433b8
-window_buffers = ('window_mean','window_var','window_count','window_grad','samples_seen','eval_steps','clamp_floor')
+window_buffers = ('window_mean','window_var','window_count','window_grad','eval_steps','samples_seen','skipped_batches')
 
 class RunningBatchNormMixin:
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the variance
-        momentum:float=0.1, # Weight of a batch of two in the window, in (0,1]
+        momentum=0.1, # Weight of a batch of two in the window, in (0,1]; a function of batch size and values per channel; `None`: cumulative average
         affine:bool=True, # Learn a scale and a shift per channel?
         track_running_stats:bool=True, # A running norm has to: `False` is an error
         device=None, # Of parameters and buffers
@@ -55,27 +60,38 @@ class RunningBatchNormMixin:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
         self.make_running(momentum=momentum, **kwargs)
 
+# %% ../nbs/03_layers.ipynb #2896901a
+_kept_batches = 8 # Whose statistics are remembered for a recomputation; two or three would do for most models
+_full_steps = 2.**24 # As many as float32 counts
+
 # %% ../nbs/03_layers.ipynb #8ee66fd0
 @patch
 def make_running(self:RunningBatchNormMixin, **settings):
     "Set all `settings` (of `runbn_settings`) and add the buffers: an empty window or, from trained statistics, a full one"
     if self.running_mean is None: raise ValueError(f"{type(self).__name__}: track_running_stats=False, but a running norm has to track; leave it True.")
     vars(self).update(runbn_settings(**settings))
+    self._make_window()
+
+@patch
+def _make_window(self:RunningBatchNormMixin):
+    "Add the buffers, where `running_mean` is"
     mean = self.running_mean
     kw = dict(device=mean.device, dtype=torch.float64 if mean.dtype==torch.float64 else torch.float32)
     C,new = len(mean),partial(torch.zeros, **kw)
-    values = new(C), new(C), new(()), new(2,C), new(1).long(), new(()), torch.tensor((*self.clamp,0.), **kw)
-    for name,value in zip(window_buffers, values): self.register_buffer(name, value, persistent=False)
+    values = new(C), new(C), new(C), new(2,C), new(C), new(1).long(), new(()).long()
+    for name,value in zip(window_buffers, values): self.register_buffer(name, value, persistent=self.persistent_window)
+    self.register_buffer('clamp_floor', new(len(self.clamp)+1), persistent=False)
+    self._recent = deque(maxlen=_kept_batches)
     self.seed_window()
 
 # %% ../nbs/03_layers.ipynb #115d3bfe
 @patch
 def make_plain(self:RunningBatchNormMixin):
     "Remove the settings and buffers that `make_running` added, but for `momentum`"
-    for name in window_buffers:
+    for name in (*window_buffers,'clamp_floor'):
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
-    for name in runbn_settings().keys()-{'momentum'}: vars(self).pop(name, None)
+    for name in ('_recent',*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
 
 # %% ../nbs/03_layers.ipynb #8800023b
 @patch
@@ -83,11 +99,13 @@ def make_plain(self:RunningBatchNormMixin):
 def seed_window(self:RunningBatchNormMixin):
     "Start the window from `running_mean` and `running_var`: full if they were trained, empty if not; forgets the running gradient"
     trained = (self.num_batches_tracked>0) | (self.running_mean!=0).any() | (self.running_var!=1).any()
-    full = torch.where(trained, math.inf, 0.)
     self.window_mean.copy_(self.running_mean); self.window_var.copy_(self.running_var)
-    self.window_count.copy_(full); self.window_grad.zero_()
+    self.window_count.copy_(torch.where(trained, -1., 0.))
+    self.eval_steps.copy_(torch.where(self.num_batches_tracked>0, self.num_batches_tracked, torch.where(trained, _full_steps, 0.)))
     self.samples_seen.copy_(torch.where(trained, 2**40, 0))
-    self.eval_steps.copy_(torch.where(self.num_batches_tracked>0, self.num_batches_tracked, full))
+    self.clamp_floor.copy_(self.clamp_floor.new_tensor((*self.clamp,0.)))
+    for buf in (self.window_grad,self.skipped_batches): buf.zero_()
+    self._recent.clear()
 
 # %% ../nbs/03_layers.ipynb #951d64f0
 @patch
@@ -96,10 +114,30 @@ def reset_running_stats(self:RunningBatchNormMixin):
     super(RunningBatchNormMixin, self).reset_running_stats()
     if 'window_mean' in self._buffers: self.seed_window()
 
+# %% ../nbs/03_layers.ipynb #b01e878f
 @patch
 def _load_from_state_dict(self:RunningBatchNormMixin, state_dict, prefix, *args, **kwargs):
-    super(RunningBatchNormMixin, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-    if prefix+'running_mean' in state_dict: self.seed_window()
+    stored,own = any(prefix+n in state_dict for n in window_buffers),set(self._non_persistent_buffers_set)
+    self._non_persistent_buffers_set -= set(window_buffers)
+    if not stored: self._non_persistent_buffers_set |= set(window_buffers)
+    try: super(RunningBatchNormMixin, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    finally: self._non_persistent_buffers_set = own
+    if self.window_mean.device != self.running_mean.device: self._make_window()
+    elif not stored and prefix+'running_mean' in state_dict: self.seed_window()
+
+# %% ../nbs/03_layers.ipynb #f8466e38
+@patch
+def _apply(self:RunningBatchNormMixin, fn, recurse=True):
+    wide = {n:self._buffers[n] for n in (*window_buffers,'clamp_floor')}
+    super(RunningBatchNormMixin, self)._apply(fn, recurse)
+    for n,old in wide.items():
+        new = self._buffers[n]
+        if new.is_floating_point() and new.itemsize<4: self._buffers[n] = old.to(new.device)
+    self._recent.clear()
+    return self
+
+@patch
+def __getstate__(self:RunningBatchNormMixin): return {**vars(self), '_recent':deque(maxlen=_kept_batches)}
 
 # %% ../nbs/03_layers.ipynb #7cad8be5
 @patch
@@ -108,6 +146,8 @@ def set_settings(self:RunningBatchNormMixin, **settings):
     "Change some settings (of `runbn_settings`); the others, the window and the statistics stay"
     vars(self).update(runbn_settings(**{**self.settings(), **settings}))
     self.clamp_floor = self.clamp_floor.new_tensor((*self.clamp,0.))
+    if self.persistent_window: self._non_persistent_buffers_set -= set(window_buffers)
+    else:                      self._non_persistent_buffers_set |= set(window_buffers)
 
 @patch
 def settings(self:RunningBatchNormMixin)->dict:
@@ -117,29 +157,52 @@ def settings(self:RunningBatchNormMixin)->dict:
 @patch
 def extra_repr(self:RunningBatchNormMixin):
     clamp = f'{self.clamp[0]:g} to {self.clamp[-1]:g} in {len(self.clamp)} samples' if self.clamp else None
-    shown = dict(credit=self.credit, eval_window=self.eval_window, clamp=clamp, clamp_inclusive=self.clamp_inclusive)
-    return ', '.join([super(RunningBatchNormMixin, self).extra_repr(), *(f'{k}={v}' for k,v in shown.items())])
+    shown = {**self.settings(), 'clamp':clamp}
+    return ', '.join([super(RunningBatchNormMixin, self).extra_repr(), *(f'{k}={v}' for k,v in shown.items() if k!='momentum')])
+
+# %% ../nbs/03_layers.ipynb #2bd3ba8e
+def _recall(x, recent):
+    "The statistics that `x` was normalised with: among `recent`, `(batch moments, statistics)` each, those of the batch most like it"
+    m,v,_ = batch_moments(x)
+    off = torch.stack([torch.stack(b) for b,_ in recent]) - torch.stack([m,v])
+    nearest = off.abs().nan_to_num(0., 0., 0.).sum((1,2)).argmin(0, keepdim=True)
+    return tuple(torch.stack([torch.stack(s) for _,s in recent]).index_select(0, nearest)[0].unbind())
+
+# %% ../nbs/03_layers.ipynb #24f6f973
+_no_functorch = ("{} in training mode updates its window, which `torch.func` transforms (vmap, grad, …) do not allow. Call `model.eval()` first, or take "
+    "the gradient with `torch.autograd.grad`; for per-sample gradients use a norm without memory, such as nn.GroupNorm.")
 
 # %% ../nbs/03_layers.ipynb #edb2f9b2
 @patch
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     "Normalise `x`, `(N,C,*)`: with the window in training, which it updates, and with `running_mean`/`running_var` in evaluation"
-    if not self.training: return super(RunningBatchNormMixin, self).forward(x)
     self._check_input_dim(x)
+    if not self.training or x.numel()==0:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
+    with torch.no_grad(): stats = self._statistics(x)
+    return normalize(x, stats, self.weight, self.bias, self.credit, self.window_grad)
+
+@patch
+def _statistics(self:RunningBatchNormMixin, x):
+    "What to normalise `x` with (of `window_statistics`): merges it in, unless it was before"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
+        if self._recent and torch._C._current_graph_task_id() != -1: return _recall(x, self._recent)
     bs,floor = x.shape[0],None
     if self.clamp:
         seen = self.samples_seen + bs*self.clamp_inclusive
         floor = self.clamp_floor.index_select(0, seen.clamp(max=len(self.clamp)))
-    y,m,v,rho = running_batch_norm(x, self.window_mean, self.window_var, self.window_count, self.weight, self.bias,
-        lesson10_momentum(bs, self.momentum), self.credit, self.window_grad, floor, self.eps)
-    self._track(m, v, rho, bs)
-    return y
+    a = batch_weight(self.momentum, bs, x.numel()//x.shape[1], self.eval_steps+1)
+    stats,batch = window_statistics(x, self.window_mean, self.window_var, self.window_count, a, floor, self.eps)
+    self._track(*batch, stats[2], bs)
+    if not torch.compiler.is_compiling(): self._recent.appendleft((batch, stats))
+    return stats
 
 @patch
-@torch.no_grad()
 def _track(self:RunningBatchNormMixin, m, v, rho, bs):
     "Count the batch, and merge its moments into the statistics for evaluation"
-    for buf,n in ((self.num_batches_tracked,1), (self.eval_steps,1), (self.samples_seen,bs)): buf.add_(n)
+    merged = rho>0
+    for buf,n in ((self.num_batches_tracked,1), (self.samples_seen,bs), (self.eval_steps,merged), (self.skipped_batches,~merged.all())): buf.add_(n)
     mean,var = self.window_mean,self.window_var
     if self.eval_window is not None:
         share = average_share(self.eval_steps, min(1, bs/self.eval_window), rho)

@@ -52,6 +52,7 @@ class NormRow(NamedTuple):
     channels:int|None # C
     status:str # 'running', 'convertible' or 'left alone'
     why:str # Why it is left alone, or not among those chosen
+    skipped:int=0 # Batches that were not finite, and that a running norm left out
 
 class SurgeryReport:
     "The norms of a model, one `NormRow` each: what is a running norm, what could be, what is left alone and why"
@@ -64,11 +65,14 @@ class SurgeryReport:
     def counts(self):
         "One line: how many running, convertible and left alone, and which other norms there are"
         parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible', f'{len(self.left_alone)} left alone']
+        if n:=sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
         return ', '.join(parts) + (f"; also {', '.join(f'{n} {t}' for t,n in self.others.items())}" if self.others else '')
 
 # %% ../nbs/04_surgery.ipynb #2b94d909
 _columns = 'layer','from','to','channels','status','why'
-def _cells(r): return [r.name or '(the model)', r.type, r.to, '' if r.channels is None else str(r.channels), r.status, r.why]
+def _cells(r):
+    skipped = f"skipped {r.skipped} {'batch' if r.skipped==1 else 'batches'} with NaN or infinity" if r.skipped else ''
+    return [r.name or '(the model)', r.type, r.to, '' if r.channels is None else str(r.channels), r.status, ', '.join(filter(None, [r.why,skipped]))]
 
 # %% ../nbs/04_surgery.ipynb #e60b8749
 @patch
@@ -116,7 +120,8 @@ def _row(names, m, include, exclude, filter_fn):
     why = ('' if running else _unfit(m)) or _unchosen(m, names, include, exclude, filter_fn)
     if running: old,to,status = _plain.get(old, old),old,'running'
     else:       to,status = (None,'left alone') if why else (norm_twins[old],'convertible')
-    return NormRow(names[0], old.__name__, to.__name__ if to else '', getattr(m, 'num_features', None), status, why)
+    skipped = int(m.skipped_batches) if running and not m.skipped_batches.is_meta else 0
+    return NormRow(names[0], old.__name__, to.__name__ if to else '', getattr(m, 'num_features', None), status, why, skipped)
 
 # %% ../nbs/04_surgery.ipynb #ece36215
 def to_runbn(
@@ -124,7 +129,7 @@ def to_runbn(
     include:str|list=None, # Names or globs of the layers to convert; default: all
     exclude:str|list=None, # Names or globs of layers to leave
     filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
-    **settings # Of `runbn_settings`: momentum, credit, eval_window, clamp, clamp_inclusive
+    **settings # Of `runbn_settings`
 )->nn.Module: # `model` itself
     "Make the BatchNorm layers of `model` running norms, in place; layers that are already get the `settings` given and keep the rest"
     runbn_settings(**settings)
@@ -153,7 +158,8 @@ def _revert(m):
     "Make one running norm the BatchNorm layer that it was"
     if type(m) not in _plain: return
     m.make_plain()
-    m.momentum = m.__dict__.pop('_bn_momentum', m.momentum)
+    own = .1 if callable(m.momentum) else m.momentum # a rule of ours means nothing to BatchNorm
+    m.momentum = m.__dict__.pop('_bn_momentum', own)
     m.__class__ = _plain[type(m)]
 
 # %% ../nbs/04_surgery.ipynb #57b6276b
