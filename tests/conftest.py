@@ -2,6 +2,13 @@
 import os
 os.environ.setdefault('MPLBACKEND', 'agg') # figures are drawn, never shown
 import pytest,torch
+from datetime import timedelta
+from hypothesis import settings as profile
+
+common = dict(deadline=timedelta(seconds=5), print_blob=True, derandomize=False)
+profile.register_profile('default', max_examples=200, **common)
+profile.register_profile('nightly', max_examples=2000, **common)         # pytest --hypothesis-profile=nightly
+profile.load_profile('default')
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help="also run the notebooks' slow cells")

@@ -6,10 +6,10 @@ from fastai_runbn.functional import running_batch_norm
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,LESSON10
 from fastai_runbn.moments import average_share,lesson10_momentum,merge_moments,window_share
 from fastai_runbn.reference import ReferenceRunningBatchNorm
+from oracle import Oracle,channels
 
 def t(*v): return torch.tensor(v, dtype=torch.float64)
 def window(c, count=0.): return [torch.zeros(c).double(), torch.ones(c).double(), torch.full((c,), count).double()]
-def channels(x): return x.transpose(0,1).flatten(1) # (N,C,*) to (C,M)
 
 def test_a_is_1_minus_1_minus_mom_over_sqrt_bs_minus_1():
     for bs in range(2,65): assert lesson10_momentum(bs, mom=.1) == 1-.9/math.sqrt(bs-1)
@@ -87,7 +87,7 @@ def backward(credit, floor=None, grad=None, count=8., momentum=.2):
     y.backward(dy)
     var = win[1] if floor is None else torch.maximum(win[1], floor)
     rstd = (var+1e-5).rsqrt()
-    xhat,dyc = (channels(x.detach())-win[0][:,None])*rstd[:,None],channels(dy)
+    xhat,dyc = (channels(x)-win[0][:,None])*rstd[:,None],channels(dy)
     return dict(x=x, w=w, b=b, rho=rho, f=w.detach()*rstd, xhat=xhat, dy=dyc, g=torch.stack([dyc.mean(1),(dyc*xhat).mean(1)]), dx=channels(x.grad), grad=grad)
 
 def dx_with(o, G1, G2): return o['f'][:,None]*(o['dy']-G1[:,None]-o['xhat']*G2[:,None])
@@ -141,32 +141,16 @@ def test_gradcheck_with_credit_0(space, warm, floored):
 
 @pytest.mark.parametrize('credit', [.3,.5,1.])
 def test_credit_over_many_steps_against_numpy(credit):
-    "60 steps of a layer with random batch sizes: forward, backward, window and running gradient written out in numpy"
+    "60 steps with random batch sizes: forward, backward, window and running gradient as the oracle has them"
     rng,C = np.random.default_rng(1),3
-    layer = RunningBatchNorm1d(C, dtype=torch.float64, credit=credit)
-    mu,var,n,gbar,seen = np.zeros(C),np.ones(C),0.,np.zeros((2,C)),0
-    rm,rv = np.zeros(C),np.ones(C)
-    for step,bs in enumerate(rng.integers(1, 17, 60).tolist(), 1):
-        x,dy = rng.normal(1, [.05,1,3], (bs,C)),rng.normal(.2, 1, (bs,C))
-        xt = torch.tensor(x, requires_grad=True)
-        y = layer(xt); y.backward(torch.tensor(dy))
-        a = .1 if bs==1 else 1-.9/np.sqrt(bs-1)
-        m,v = x.mean(0),x.var(0)
-        n = (1-a)*n+a*bs; rho = a*bs/n
-        d = m-mu
-        mu,var = mu+rho*d,var+rho*(v-var)+rho*(1-rho)*d*d
-        free = var>=(.01 if seen<20 else 0)
-        used = np.where(free, var, .01); seen += bs
-        xhat,f = (x-mu)/np.sqrt(used+1e-5),1/np.sqrt(used+1e-5)
-        g = np.stack([dy.mean(0),(dy*xhat).mean(0)*free])
-        gbar = gbar+rho*(g-gbar)
-        G = credit*gbar+(1-credit)*rho*g
-        w = max(min(1,bs/200), min(rho, 10/(step+9)))
-        dm = m-rm
-        rm,rv = rm+w*dm,rv+w*(v-rv)+w*(1-w)*dm*dm
-        for have,want,what in ((y,xhat,'y'), (xt.grad,f*(dy-G[0]-xhat*G[1]*free),'dx'), (layer.window_mean,mu,'mean'), (layer.window_var,var,'variance'),
-                               (layer.window_grad,gbar,'running gradient'), (layer.running_mean,rm,'running_mean'), (layer.running_var,rv,'running_var')):
-            np.testing.assert_allclose(have.detach().numpy(), want, rtol=1e-10, atol=1e-10, err_msg=f'{what}, step {step}, bs {bs}')
+    layer,oracle = RunningBatchNorm1d(C, dtype=torch.float64, credit=credit),Oracle(C, credit=credit)
+    for step,bs in enumerate(rng.integers(1, 17, 60).tolist()):
+        x,dy = torch.tensor(rng.normal(1, [.05,1,3], (bs,C)), requires_grad=True),torch.tensor(rng.normal(.2, 1, (bs,C)))
+        y = layer(x); y.backward(dy)
+        wy,wdx,*_ = oracle.step(x, dy)
+        for have,want,what in ((channels(y),wy,'y'), (channels(x.grad),wdx,'dx'), (layer.window_mean,oracle.window()[0],'mean'), (layer.window_var,oracle.window()[1],'variance'),
+                               (layer.window_grad,oracle.gbar,'running gradient'), (layer.running_mean,oracle.rm,'running_mean'), (layer.running_var,oracle.rv,'running_var')):
+            np.testing.assert_allclose(have.numpy(), want, rtol=1e-10, atol=1e-10, err_msg=f'{what}, step {step}, bs {bs}')
 
 def test_eval_share_is_max_a_min_rho_10_over_t_plus_9():
     assert [average_share(t(v)[0], .01).item() for v in (1.,11.,91.,1e6,math.inf)] == [1.,.5,.1,.01,.01]

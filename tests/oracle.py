@@ -1,0 +1,60 @@
+"The layer once more, with every setting, written out in numpy and float64 over sums, squares and counts: what other tests compare with"
+import numpy as np
+from fastai_runbn.layers import runbn_settings
+from fastai_runbn.moments import lesson10_momentum
+
+def channels(x):
+    "`(N,C,*)` as `(C,M)`, float64, without its graph"
+    return x.detach().double().transpose(0,1).flatten(1)
+
+class Oracle:
+    "A running norm of `C` channels; `step` is one forward and one backward"
+    def __init__(self, C, eps=1e-5, **settings):
+        vars(self).update(runbn_settings(**settings))
+        self.eps,self.steps,self.seen,self.skipped = eps,0,0,0
+        self.S,self.Q,self.n,self.t = (np.zeros(C) for _ in range(4))
+        self.rm,self.rv,self.gbar = np.zeros(C),np.ones(C),np.zeros((2,C))
+
+    def weight(self, bs, M):
+        if self.momentum is None: return 1/(self.t+1)
+        return np.full_like(self.t, self.momentum(bs, M) if callable(self.momentum) else lesson10_momentum(bs, mom=self.momentum))
+
+    def window(self):
+        "Mean and biased variance; 0 and 1 where the window is empty"
+        n = np.where(self.n>0, self.n, 1)
+        mean = self.S/n
+        return mean,np.where(self.n>0, self.Q/n-mean**2, 1)
+
+    def step(self, x, dy, w=1., b=0.):
+        "`x` and `dy` tensors `(N,C,*)`; y, dx, dw and db, `(C,M)` and `(C,)`"
+        bs,x,dy = len(x),channels(x).numpy(),channels(dy).numpy()
+        w,b = (np.broadcast_to(o if np.isscalar(o) else o.detach().double().numpy(), len(x)) for o in (w,b))
+        M = x.shape[1]
+        with np.errstate(all='ignore'):
+            ok = np.isfinite(x.sum(1)) & np.isfinite((x*x).sum(1))
+            a = np.where(ok, self.weight(bs, M), 0)
+            xs = np.where(ok[:,None], x, 0)
+            self.S,self.Q,self.n = self.S+a*(xs.sum(1)-self.S),self.Q+a*((xs**2).sum(1)-self.Q),self.n+a*(M-self.n)
+            rho = np.where(ok, a*M/self.n, 0)
+            mean,var = self.window()
+            seen = self.seen+bs*self.clamp_inclusive
+            floor = self.clamp[seen] if seen<len(self.clamp) else 0
+            free = var>=floor
+            rstd = 1/np.sqrt(np.where(free, var, floor)+self.eps)
+            xhat = (x-mean[:,None])*rstd[:,None]
+            # the averages for evaluation
+            self.t,self.steps,self.seen,self.skipped = self.t+ok,self.steps+1,self.seen+bs,self.skipped+(not ok.all())
+            if self.eval_window is None: self.rm,self.rv = mean,var
+            else:
+                m,v = xs.mean(1),xs.var(1)
+                share = np.minimum(np.maximum(min(1, bs/self.eval_window), 10/(self.t+9)), rho)
+                d = m-self.rm
+                self.rm,self.rv = self.rm+share*d,self.rv+share*(v-self.rv)+share*(1-share)*d*d
+            # backward
+            dw,db = (dy*xhat).sum(1),dy.sum(1)
+            g = np.stack([db, dw*free])/M
+            self.gbar = self.gbar+rho*(np.where(np.isfinite(g), g, self.gbar)-self.gbar) if self.credit else self.gbar
+            old = (self.gbar-rho*g)/np.where(rho<1, 1-rho, 1) # the running gradient before this batch
+            G = rho*g+self.credit*(1-rho)*old
+            dx = (w*rstd)[:,None]*(dy-G[0][:,None]-xhat*(G[1]*free)[:,None])
+        return w[:,None]*xhat+b[:,None],dx,dw,db
