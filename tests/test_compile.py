@@ -1,29 +1,70 @@
-"Compiled training is eager training: outputs, gradients and every buffer, float64, while the batch size changes"
+"Compiled training is eager training: outputs, gradients and every buffer, float64, while the batch size changes; evaluation can be exported and traced"
 import shutil
 from copy import deepcopy
 import pytest,torch
 from torch import nn
 from torch._dynamo.utils import counters
-from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
+from torch.utils.checkpoint import checkpoint
+from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNorm3d
+from fastai_runbn.moments import window
 
-backends = ['aot_eager', pytest.param('inductor', marks=pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler'))]
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
+all_settings = {'default':{}, 'lesson10':LESSON10, 'cumulative':dict(momentum=None, credit=1.), 'window':dict(momentum=window(20), clamp=None, persistent_window=True)}
+cases = [*(pytest.param('inductor', n, marks=needs_compiler) for n in all_settings), ('aot_eager','default'), ('aot_eager','lesson10')]
 
-@pytest.mark.parametrize('backend', backends)
-@pytest.mark.parametrize('settings', [{}, LESSON10], ids=['default','lesson10'])
-def test_compiled_equals_eager(backend, settings):
-    torch._dynamo.reset()
-    counters.clear()
-    eager = nn.Sequential(nn.Conv2d(3,4,3), RunningBatchNorm2d(4,**settings), nn.ReLU(), nn.Conv2d(4,4,3), RunningBatchNorm2d(4,**settings)).double()
+@pytest.fixture(autouse=True)
+def fresh(): torch._dynamo.reset(); counters.clear()
+
+def net(**settings): return nn.Sequential(nn.Conv2d(3,4,3), RunningBatchNorm2d(4,**settings), nn.ReLU(), nn.Conv2d(4,4,3), RunningBatchNorm2d(4,**settings)).double()
+def close(a, b, what): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda m: f'{what}: {m}')
+
+@pytest.mark.parametrize('backend,name', cases)
+def test_compiled_equals_eager(backend, name):
+    "20 steps; after the first two sizes nothing is compiled again, and there is no graph break"
+    eager = net(**all_settings[name])
     twin = deepcopy(eager)
     compiled = torch.compile(twin, fullgraph=True, backend=backend)
-    for bs in (2,4,3,7,2,5,2,4,6,3):
+    for step,bs in enumerate((2,4,3,7,2,5,2,4,6,3,9,2,8,2,3,11,2,4,5,2)):
         x,dy = torch.randn(bs,3,8,8).double(),torch.randn(bs,4,4,4).double()
-        for net in (eager,compiled):
-            net.zero_grad()
-            y = net(x)
-            y.backward(dy)
-            if net is eager: want = y
-        torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
-        for (name,a),b in zip(eager.named_parameters(), twin.parameters()): torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-9, msg=lambda m: f'{name}, bs {bs}: {m}')
-        for (name,a),b in zip(eager.named_buffers(), twin.buffers()): torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9, msg=lambda m: f'{name}, bs {bs}: {m}')
-    assert counters['stats']['unique_graphs'] <= 2                      # one for the first size, one for all others
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        eager.zero_grad(); twin.zero_grad()
+        y = eager(xs[0]); y.backward(dy)
+        with torch._dynamo.config.patch(error_on_recompile=step>1):
+            z = compiled(xs[1]); z.backward(dy)
+        at = f'step {step}, bs {bs}'
+        close(z, y, f'y, {at}'); close(xs[1].grad, xs[0].grad, f'dx, {at}')
+        for (k,a),b in zip(eager.named_parameters(), twin.parameters()): close(b.grad, a.grad, f'{k}, {at}')
+        for (k,a),b in zip(eager.named_buffers(), twin.buffers()): close(b, a, f'{k}, {at}')
+    assert counters['stats']['unique_graphs'] == 2                      # one for the first size, one for all others
+    assert not counters['graph_break']
+
+@pytest.mark.parametrize('where', ['checkpoint in compile','compile in checkpoint'])
+def test_compiled_checkpoints_are_an_error_with_a_remedy(where):
+    def run(remedy):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        a = net(); b = deepcopy(a)
+        if remedy:
+            for m in b:
+                if isinstance(m, nn.BatchNorm2d): m.forward = torch.compiler.disable(m.forward)
+        inner = torch.compile(b, backend='aot_eager')
+        f = (torch.compile(lambda x: checkpoint(b, x, use_reentrant=False), backend='aot_eager') if where=='checkpoint in compile' else
+             lambda x: checkpoint(inner, x, use_reentrant=False))
+        for _ in range(3):
+            x = torch.randn(2,3,8,8).double()
+            for g in (a,f): (g(x)**3).sum().backward()
+        for (k,p),q in zip(a.named_parameters(), b.parameters()): close(q.grad, p.grad, k)
+        for (k,p),q in zip(a.named_buffers(), b.buffers()): close(q, p, k)
+    with pytest.raises(RuntimeError, match='checkpointing and torch.compile do not go together.*torch.compiler.disable'): run(False)
+    run(True)
+
+def test_export_and_trace_in_evaluation():
+    n = nn.Sequential(nn.Conv3d(3,4,3), RunningBatchNorm3d(4), nn.ReLU())
+    for _ in range(3): n(torch.randn(2,3,6,6,6))
+    n.eval()
+    x = torch.randn(2,3,6,6,6)
+    assert torch.equal(torch.jit.trace(n, x)(x), n(x))
+    exported = torch.export.export(n, (x,), dynamic_shapes=(dict(enumerate([torch.export.Dim('bs', min=2, max=64)])),))
+    y = torch.randn(5,3,6,6,6)
+    assert torch.equal(exported.module()(y), n(y))
+    assert 'fastai_runbn' not in str(exported.graph)                    # PyTorch's own operators only

@@ -1,0 +1,70 @@
+"Nothing in the training path reads a tensor's value on the host or moves it between devices: either would make a GPU wait"
+import pytest,torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
+from fastai_runbn.moments import window
+from fastai_runbn.reference import ReferenceRunningBatchNorm
+
+aten = torch.ops.aten
+reads = {'_local_scalar_dense','item','is_nonzero','nonzero','nonzero_static','masked_select','equal','allclose','unique_dim','_unique2','unique_consecutive','bincount','repeat_interleave'}
+methods = {torch.Tensor.item,torch.Tensor.tolist,torch.Tensor.cpu,torch.Tensor.cuda,torch.Tensor.numpy,torch.Tensor.nonzero,torch.Tensor.__bool__,torch.Tensor.__float__,torch.Tensor.__int__,
+           torch.Tensor.__index__,torch.nonzero,torch.tensor,torch.as_tensor,torch.Tensor.new_tensor,torch.equal,torch.allclose,torch.unique,torch.masked_select}
+
+class NoReads(TorchDispatchMode):
+    "Raises on every operator that reads a value, or copies to another device"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in reads: raise AssertionError(f'host read: {func}')
+        if name=='index' and any(torch.is_tensor(i) and i.dtype in (torch.bool,torch.uint8) for i in args[1]): raise AssertionError(f'size depends on values: {func} with a mask')
+        if name in ('_to_copy','copy_'):
+            there = kwargs.get('device') or args[0].device
+            here = (args[1] if name=='copy_' else args[0]).device
+            if torch.device(there).type != here.type: raise AssertionError(f'copy between devices: {func} {here} to {there}')
+        return func(*args, **kwargs)
+
+class NoCalls(TorchFunctionMode):
+    "Raises on every Python call that reads a value, or makes a tensor of numbers in host memory"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in methods: raise AssertionError(f'host read: {func.__name__}')
+        return func(*args, **(kwargs or {}))
+
+def train(layer, x):
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+
+settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None), dict(momentum=window(20), clamp=None, persistent_window=True)], ids=['default','lesson10','cumulative','window'])
+
+@settings
+@pytest.mark.parametrize('how', ['plain','checkpointed'])
+def test_no_host_read_on_the_cpu(settings, how):
+    layer = RunningBatchNorm2d(3, **settings)
+    f = layer if how=='plain' else lambda x: checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+    for bs in (1,2,5):
+        x = torch.randn(bs,3,4,4, requires_grad=True)
+        with NoCalls(),NoReads(): train(f, x)
+
+@settings
+def test_no_sync_on_a_stand_in_for_a_gpu(settings):
+    "Fake CUDA tensors have no values to read, and refuse operators over two devices (the autograd engine wants a real GPU, so its part is called by hand)"
+    with FakeTensorMode():
+        layer = RunningBatchNorm2d(3, device='cuda', **settings)
+        for bs in (1,2,5):
+            x = torch.randn(bs,3,4,4, device='cuda', requires_grad=True)
+            with NoCalls(),NoReads():
+                node = layer(x).grad_fn
+                dx,*_ = node._forward_cls.backward(node, torch.ones_like(x))
+        assert dx.device.type == layer.window_mean.device.type == 'cuda'
+
+@pytest.mark.parametrize('bad', [lambda x: bool(x.sum()>0), lambda x: x.sum().item(), lambda x: x[x>0], lambda x: x.nonzero(), lambda x: x.tolist(), lambda x: torch.tensor([1.]),
+                                 lambda x: float(x.sum()), lambda x: x.numpy()])
+def test_the_modes_do_raise(bad):
+    x = torch.randn(3)
+    with pytest.raises(AssertionError, match='host read|depends on values'), NoCalls(),NoReads(): bad(x)
+
+def test_the_published_layer_reads():
+    with pytest.raises(AssertionError, match='host read'), NoCalls(),NoReads(): train(ReferenceRunningBatchNorm(3), torch.randn(2,3,4,4))

@@ -1,0 +1,108 @@
+"Dtypes, cancellation, odd inputs: what a float can do to a layer"
+import pytest,torch
+from torch import nn
+from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d
+from fastai_runbn.reference import ReferenceRunningBatchNorm
+from fastai_runbn.surgery import surgery_report
+
+def relative(y, y64): return ((y-y64).norm()/y64.norm()).item()
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('autocast', [True,False])
+def test_half_precision_in_float32_statistics_and_half_out(dtype, autocast):
+    "Under autocast the convolution's output is half; without it the input is"
+    torch.manual_seed(0)
+    conv,layer,exact = nn.Conv2d(3,4,3),RunningBatchNorm2d(4),RunningBatchNorm2d(4).double()
+    for _ in range(10):
+        x = torch.randn(2,3,8,8)
+        with torch.autocast('cpu', dtype, enabled=autocast):
+            h = conv(x) if autocast else conv(x).to(dtype)
+            h.retain_grad()
+            y = layer(h)
+        y64 = exact(h.detach().double())
+        (y.float()**3).sum().backward()
+        assert y.dtype == h.dtype == h.grad.dtype == dtype and layer.window_mean.dtype == layer.window_grad.dtype == layer.running_mean.dtype == torch.float32
+        torch.testing.assert_close(layer.window_var, exact.window_var.float(), rtol=1e-5, atol=1e-6)
+        assert relative(y.double(), y64) < (4e-3 if dtype==torch.bfloat16 else 5e-4)
+    assert layer.weight.grad.dtype == torch.float32 and h.grad.isfinite().all()
+
+def test_half_sums_do_not_overflow():
+    x = torch.full((2,3,64,64), 60., dtype=torch.half)                  # sums to 491,520 per channel; float16 ends at 65,504
+    layer = RunningBatchNorm2d(3)
+    assert layer(x).isfinite().all() and (layer.window_mean==60).all() and layer.skipped_batches==0
+
+@pytest.mark.parametrize('bs', [1,2,8])
+@pytest.mark.parametrize('ratio', [1e1,1e2,1e3,1e4])
+def test_large_means(bs, ratio):
+    "|mean|/σ up to 1e4 in float32, 100 steps against float64 on the same numbers"
+    torch.manual_seed(0)
+    layer,exact = RunningBatchNorm2d(16),RunningBatchNorm2d(16).double()
+    worst = 0
+    for _ in range(100):
+        x = torch.randn(bs,16,16,16)+ratio
+        with torch.no_grad(): worst = max(worst, relative(layer(x).double(), exact(x.double())))
+    assert worst < max(1e-6, 1e-7*ratio)                                # 1e-3 at 1e4
+    x = torch.randn(32,16,16,16)+ratio
+    assert relative(layer.eval()(x).double(), exact.eval()(x.double())) < 1e-3
+
+def test_the_published_layer_cannot_do_that():
+    x = torch.randn(32,16,16,16)+1e4
+    y = ReferenceRunningBatchNorm(16)(x)
+    assert not relative(y.double(), ReferenceRunningBatchNorm(16).double()(x.double())) < 1e-1
+
+@pytest.mark.parametrize('settings', [{}, LESSON10, dict(clamp=None)], ids=['default','lesson10','no clamp'])
+@pytest.mark.parametrize('shape', [(1,3),(2,3),(1,3,1,1),(2,3,1,1),(1,3,7,7)], ids=str)
+def test_one_sample_one_pixel_constant_channels(shape, settings):
+    layer = (RunningBatchNorm1d if len(shape)==2 else RunningBatchNorm2d)(3, **settings)
+    for k in range(30):
+        x = torch.randn(shape)
+        x.view(shape[0],3,-1)[:,1] = 5.                                 # constant for ever
+        x.requires_grad_()
+        y = layer(x)
+        (y**2).sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all() and y.view(shape[0],3,-1)[:,1].abs().max() < 1e-3
+    assert layer.window_var[1] < 1e-9 and (layer.window_var[::2] > .05).all() and layer.skipped_batches==0
+
+@pytest.mark.parametrize('shape', [(0,3,4,4),(2,3,0,4)], ids=str)
+def test_an_empty_batch_comes_out_empty_and_changes_nothing(shape):
+    layer = RunningBatchNorm2d(3)
+    layer(torch.randn(2,3,4,4))
+    before = [b.clone() for b in layer.buffers()]
+    x = torch.zeros(shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape and all(torch.equal(a, b) for a,b in zip(before, layer.buffers()))
+    assert (layer.weight.grad==0).all()
+
+def test_a_nan_does_not_stay():
+    torch.manual_seed(0)
+    layer,bn = RunningBatchNorm2d(3, clamp=None),nn.BatchNorm2d(3)
+    bad = torch.randn(2,3,4,4); bad[0,1,2,2] = float('nan')
+    for x in (torch.randn(2,3,4,4), bad, torch.randn(2,3,4,4)): y = layer(x); bn(x)
+    assert y.isfinite().all() and layer.eval()(x).isfinite().all()
+    assert bn.eval()(x).isnan().any()                                   # in evaluation BatchNorm keeps it for ever too
+    assert layer.skipped_batches.item() == 1 and layer.num_batches_tracked.item() == 3
+    assert surgery_report(layer).rows[0].skipped == 1 and 'skipped 1 batch' in repr(surgery_report(layer))
+
+def test_a_bad_batch_is_normalised_with_the_window():
+    layer = RunningBatchNorm1d(1, clamp=None, dtype=torch.float64)
+    layer(torch.tensor([[0.],[2.]]).double())
+    y = layer(torch.tensor([[float('inf')],[3.]]).double())
+    assert y[0].isinf() and y[1].item() == pytest.approx(2/(1+1e-5)**.5)
+
+def test_a_bad_first_batch_leaves_an_empty_window():
+    layer,fresh = RunningBatchNorm1d(2),RunningBatchNorm1d(2)
+    layer(torch.full((2,2), float('nan')))
+    x = torch.randn(4,2)
+    layer.samples_seen.zero_()
+    assert torch.equal(layer(x), fresh(x)) and torch.equal(layer.running_var, fresh.running_var)
+
+def test_gradients_that_overflow_are_not_averaged():
+    "A loss scaler's overflow reaches the layer as an infinite dy; the step is dropped, and the average must not keep it"
+    layer = RunningBatchNorm2d(3)
+    layer(torch.randn(2,3,4,4).requires_grad_()).sum().backward()
+    before = layer.window_grad.clone()
+    y = layer(torch.randn(2,3,4,4).requires_grad_())
+    dy = torch.zeros_like(y); dy[0,0,0,0] = float('inf')
+    y.backward(dy)
+    assert layer.window_grad.isfinite().all() and torch.equal(layer.window_grad[:,0], before[:,0])
