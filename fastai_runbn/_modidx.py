@@ -40,8 +40,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_runbn.functional._keep_op': ('functional.html#_keep_op', 'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._merge_grad': ( 'functional.html#_merge_grad',
                                                                                   'fastai_runbn/functional.py'),
-                                         'fastai_runbn.functional._merge_grad_op': ( 'functional.html#_merge_grad_op',
-                                                                                     'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._per_channel': ( 'functional.html#_per_channel',
                                                                                    'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._running_grads': ( 'functional.html#_running_grads',

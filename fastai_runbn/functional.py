@@ -56,15 +56,9 @@ def _merge_grad(g, window_grad, rho, credit):
     window_grad.lerp_(torch.where(g.isfinite(), g, window_grad), rho)
     return owed
 
-@torch.library.custom_op('fastai_runbn::merge_grad', mutates_args=('window_grad',))
-def _merge_grad_op(g:Tensor, window_grad:Tensor, rho:Tensor, credit:float)->Tensor: return _merge_grad(g, window_grad, rho, credit)
-@_merge_grad_op.register_fake
-def _(g, window_grad, rho, credit): return torch.empty_like(g)
-
 def _credited(ctx, g, rho):
     "$G$ from the batch's `g`"
     if ctx.window_grad is None or ctx.credit==0: return rho*g
-    if torch.compiler.is_compiling(): return rho*g + _merge_grad_op(g, ctx.window_grad, rho, ctx.credit)
     owed = _merge_grad(g, ctx.window_grad, rho, ctx.credit)
     if ctx.owed is None: ctx.owed = owed
     return rho*g + ctx.owed

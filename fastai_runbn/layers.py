@@ -190,7 +190,7 @@ def _statistics(self:RunningBatchNormMixin, x):
         if self._recent and torch._C._current_graph_task_id() != -1: return _recall(x, self._recent)
     bs,floor = x.shape[0],None
     if self.clamp:
-        seen = self.samples_seen + bs*self.clamp_inclusive
+        seen = self.samples_seen+bs if self.clamp_inclusive else self.samples_seen
         floor = self.clamp_floor.index_select(0, seen.clamp(max=len(self.clamp)))
     a = batch_weight(self.momentum, bs, x.numel()//x.shape[1], self.eval_steps+1)
     stats,batch = window_statistics(x, self.window_mean, self.window_var, self.window_count, a, floor, self.eps)

@@ -8,11 +8,11 @@ note = '<!-- Made from nbs/index.ipynb by tools/readme.py: change it there -->'
 def _link(m):
     "A link of the site as one into the repository: `layers.html` is `nbs/03_layers.ipynb`"
     page,anchor = m[1],m[2] or ''
-    found = [p for p in (root/'nbs').glob('*.ipynb') if re.sub(r'^\d+[a-z]*_', '', p.stem)==page]
+    found = [p for p in (root/'nbs').rglob('*.ipynb') if re.sub(r'^\d+[a-z]*_', '', p.relative_to(root/'nbs').with_suffix('').as_posix())==page]
     if len(found)!=1: raise SystemExit(f"nbs/index.ipynb links to {page}.html, but {len(found)} notebooks make that page")
-    return f'](nbs/{found[0].name}{anchor})'
+    return f'](nbs/{found[0].relative_to(root/"nbs").as_posix()}{anchor})'
 
-def _markdown(src): return re.sub(r'\]\((\w[\w.]*)\.html(#[\w-]+)?\)', _link, src).replace('](images/', '](nbs/images/')
+def _markdown(src): return re.sub(r'\]\((\w[\w./]*)\.html(#[\w-]+)?\)', _link, src).replace('](images/', '](nbs/images/')
 
 def _text(out):
     "The text of one output, the richest that Markdown can hold"

@@ -1,0 +1,77 @@
+"Break the layer on purpose, one way at a time, in a copy, and record which tests notice: `python tools/mutations.py` writes tests/MUTATIONS.md"
+import os,re,subprocess,sys,tempfile
+from collections import Counter
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync')]
+compiled = ['tests/test_compile.py']
+
+# what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
+mutations = [
+    ("the batch's weight taken for its share ρ", 'moments', 'return count, a*M/count', 'return count, a*torch.ones_like(count)', quick),
+    ('no spread between batches in the merged variance', 'moments', ' + rho*(1-rho)*d*d', '', quick),
+    ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', quick),
+    ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
+    ('credit and its complement swapped', 'functional', 'owed = (credit*(1-rho))', 'owed = ((1-credit)*(1-rho))', quick),
+    ("the window's own tensors saved for backward, no copy", 'functional', 'return _keep(mean, rstd', 'return _keep(window_mean, rstd', quick),
+    ('the statistics not detached', 'layers', 'with torch.no_grad(): stats = self._statistics(x)', 'stats = self._statistics(x)', quick),
+    ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
+    ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
+    ('moments that are not finite merged', 'functional', 'ok = (m+v).isfinite()', 'ok = (m==m)|True', quick),
+    ('gradients that are not finite averaged', 'functional', 'torch.where(g.isfinite(), g, window_grad)', 'g', quick),
+    ('the variance reacts at its floor', 'functional', 'xhat*_per_channel(G2*free,x)', 'xhat*_per_channel(G2,x)', quick),
+    ('the clamp counts the batch at hand', 'layers', 'self.samples_seen+bs if self.clamp_inclusive else', 'self.samples_seen+bs if True else', quick),
+    ('the window left as it was by a load', 'layers', "elif not stored and prefix+'running_mean' in state_dict: self.seed_window()", '', quick),
+    ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
+    ('the count of samples read on the host', 'layers', 'if self.clamp:', 'if self.clamp and self.samples_seen.item()<len(self.clamp):', quick),
+    ('evaluation follows the training window', 'layers', 'if self.eval_window is not None:', 'if False:', quick),
+    ('a second backward owes what the first left', 'functional', 'if ctx.owed is None: ctx.owed = owed', 'ctx.owed = owed', quick),
+    ('a compiled backward computes the statistics again', 'functional', 'return _keep_op(torch.stack(ts)).unbind() if', 'return _keep_op(torch.stack(ts)).unbind() if False and', compiled)]
+
+def copy(to):
+    "What git tracks or would, in another folder"
+    files = subprocess.run(['git','ls-files','--cached','--others','--exclude-standard'], cwd=root, check=True, capture_output=True, text=True).stdout.splitlines()
+    for f in files:
+        if (root/f).is_file():
+            (to/f).parent.mkdir(parents=True, exist_ok=True)
+            (to/f).write_bytes((root/f).read_bytes())
+
+def failures(folder, tests):
+    "Names of the tests that fail there, and pytest's closing line"
+    env = {**os.environ, 'PYTHONPATH':str(folder)}
+    out = subprocess.run([sys.executable,*'-m pytest -q -rfE --show-capture=no -p no:cacheprovider --hypothesis-seed=0'.split(),*tests], cwd=folder, env=env,
+        capture_output=True, text=True).stdout
+    return [l.split()[1] for l in out.splitlines() if re.match(r'(FAILED|ERROR) ', l)],out.strip().splitlines()[-1]
+
+def main():
+    rows = []
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        copy(d)
+        for tests in (quick,compiled):
+            failed,last = failures(d, tests)
+            if failed: sys.exit(f'tests fail before anything is broken: {failed}')
+            print(f'unbroken: {last}', flush=True)
+        for what,module,old,new,tests in mutations:
+            f = d/'fastai_runbn'/f'{module}.py'
+            sound = f.read_text()
+            if sound.count(old)!=1: sys.exit(f'{what}: {old!r} stands {sound.count(old)} times in {module}.py, not once')
+            f.write_text(sound.replace(old, new))
+            failed,last = failures(d, tests)
+            f.write_text(sound)
+            names = Counter(n.split('[')[0].replace('tests/','') for n in failed)
+            rows.append((what, module, old, new, names))
+            print(f'{len(failed):4} failed: {what}', flush=True)
+    lines = ['# Mutations', '']
+    lines += ['The layer broken on purpose, one way at a time, in a scratch copy: which tests noticed. Made by `python tools/mutations.py`; × is the number of cases of a test.', '']
+    lines += ['|broken|in|from|to|caught by|', '|---|---|---|---|---|']
+    code = lambda s: f"`{s.strip()}`".replace('|','\\|') if s.strip() else 'nothing'
+    for what,module,old,new,names in rows:
+        caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
+        lines.append(f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|')
+    (root/'tests'/'MUTATIONS.md').write_text('\n'.join(lines)+'\n')
+    missed = [r[0] for r in rows if not r[4]]
+    if missed: sys.exit(f'not caught: {missed}')
+
+if __name__=='__main__': main()
