@@ -6,11 +6,15 @@
 __all__ = ['RunBNCallback']
 
 # %% ../nbs/06_callback.ipynb #c06f10ae
+import warnings
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
 from fastai.callback.core import Callback
-from .layers import runbn_settings
+from fastai.callback.training import GradientAccumulation
+from .layers import RunningBatchNormMixin,runbn_settings
+from .moments import window as window_rule
+from .schedule import unschedule
 from . import surgery
 
 # %% ../nbs/06_callback.ipynb #ab983f96
@@ -22,10 +26,14 @@ class RunBNCallback(Callback):
         include:str|list=None, # Names or globs of the layers to convert; default: all
         exclude:str|list=None, # Names or globs of layers to leave
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
+        window:str=None, # 'accumulate': with `GradientAccumulation(n_acc)`, a window of `n_acc` samples in the place of `momentum`
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
-        self.choice,self.settings,self._looked = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,False
+        if window not in (None,'accumulate'): raise ValueError(f"window={window!r}: 'accumulate' or None was expected; a window of so many samples is momentum=window(samples).")
+        if window and 'momentum' in kwargs: raise ValueError(f"window={window!r} sets momentum: give one of the two.")
+        self.choice,self.settings,self.window = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,window
+        self._looked,self._scale = False,1.
 
     @property
     def report(self):
@@ -34,9 +42,35 @@ class RunBNCallback(Callback):
 
     def before_fit(self):
         "Convert what is not converted yet; the window and statistics of what is stay as they are"
-        if self._looked and not self.report.convertible: return
-        surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
-        self._looked = True
+        if self is not next(cb for cb in self.learn.cbs if isinstance(cb, RunBNCallback)):
+            return warnings.warn("RunBNCallback is there twice: the second does nothing. `learn.remove_cb(learn.run_bn)` removes one; settings go into the other, or into `learn.to_runbn(...)`.")
+        unschedule(self.learn.model)
+        if not self._looked or self.report.convertible:
+            surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
+            self._looked = True
+
+# %% ../nbs/06_callback.ipynb #8d71084a
+@patch
+def before_train(self:RunBNCallback):
+    "With `window='accumulate'`: a window of as many samples as are accumulated in this fit"
+    if not self.window: return
+    acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+    if acc is None and self.epoch==0: warnings.warn("window='accumulate' does nothing in a fit without GradientAccumulation: the layers keep their momentum.")
+    momentum = runbn_settings(**self.settings)['momentum'] if acc is None else window_rule(acc.n_acc)
+    for r in self.report.running:
+        m = self.learn.model.get_submodule(r.name)
+        if not r.why and m.momentum!=momentum: m.set_settings(momentum=momentum)
+
+# %% ../nbs/06_callback.ipynb #876bd008
+@patch
+def before_backward(self:RunBNCallback):
+    "Bring the running gradients to the loss scale of this step"
+    scaler = getattr(self.learn, 'scaler', None)
+    scale = scaler.get_scale() if scaler else 1.
+    if scale!=self._scale:
+        for m in self.learn.model.modules():
+            if isinstance(m, RunningBatchNormMixin): m.window_grad.mul_(scale/self._scale)
+    self._scale = scale
 
 # %% ../nbs/06_callback.ipynb #38af02ac
 @patch

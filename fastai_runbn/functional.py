@@ -58,7 +58,7 @@ def _merge_grad(g, window_grad, rho, credit):
 
 def _credited(ctx, g, rho):
     "$G$ from the batch's `g`"
-    if ctx.window_grad is None or ctx.credit==0: return rho*g
+    if ctx.window_grad is None or not torch.is_tensor(ctx.credit) and ctx.credit==0: return rho*g
     owed = _merge_grad(g, ctx.window_grad, rho, ctx.credit)
     if ctx.owed is None: ctx.owed = owed
     return rho*g + ctx.owed
@@ -119,7 +119,7 @@ def normalize(
     stats:tuple, # What `window_statistics` returned first
     weight:Tensor=None, # Scale $\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\beta$ `(C,)`
-    credit:float=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
+    credit:float|Tensor=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
     window_grad:Tensor=None, # Running means of $g_1$ and $g_2$ `(2,C)`, updated in place by backward; needed for `credit`
 )->Tensor: # $y$, as `x`
     "Normalise `x` with given statistics; the gradient is that of a running norm"
@@ -134,7 +134,7 @@ def running_batch_norm(
     weight:Tensor=None, # Scale $\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\beta$ `(C,)`
     momentum:float|Tensor=0.1, # Weight $a$ of this batch, in (0,1]
-    credit:float=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
+    credit:float|Tensor=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
     window_grad:Tensor=None, # Running means of $g_1$ and $g_2$ `(2,C)`, updated in place by backward; needed for `credit`
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LESSON10', 'window_buffers', 'RunningBatchNorm', 'runbn_settings', 'RunningBatchNormMixin', 'RunningBatchNorm1d',
-           'RunningBatchNorm2d', 'RunningBatchNorm3d']
+           'RunningBatchNorm2d', 'RunningBatchNorm3d', 'RunningSyncBatchNorm']
 
 # %% ../nbs/03_layers.ipynb #660aa815
 import math
 from collections import deque
 from functools import partial
+from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
@@ -57,7 +58,7 @@ class RunningBatchNormMixin:
         **kwargs # `bias`, where PyTorch's own layer has it, and settings (of `runbn_settings`)
     ):
         bias = {k:kwargs.pop(k) for k in ('bias',) if k in kwargs}
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias)
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine, track_running_stats=track_running_stats, device=device, dtype=dtype, **bias)
         self.make_running(momentum=momentum, **kwargs)
 
 # %% ../nbs/03_layers.ipynb #2896901a
@@ -91,7 +92,7 @@ def make_plain(self:RunningBatchNormMixin):
     for name in (*window_buffers,'clamp_floor'):
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
-    for name in ('_recent',*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
+    for name in ('_recent','_unscheduled',*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
 
 # %% ../nbs/03_layers.ipynb #8800023b
 @patch
@@ -214,3 +215,22 @@ class RunningBatchNorm1d(RunningBatchNormMixin, nn.BatchNorm1d): "Running batch 
 class RunningBatchNorm2d(RunningBatchNormMixin, nn.BatchNorm2d): "Running batch norm for `(N,C,H,W)`: `nn.BatchNorm2d` that normalises with a window of recent batches"
 class RunningBatchNorm3d(RunningBatchNormMixin, nn.BatchNorm3d): "Running batch norm for `(N,C,D,H,W)`; as `RunningBatchNorm2d`"
 RunningBatchNorm = RunningBatchNorm2d
+
+# %% ../nbs/03_layers.ipynb #c2fa2f18
+class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process"
+
+# %% ../nbs/03_layers.ipynb #32347bdd
+def _act_forward(self, x):
+    "Normalise as a running norm does, then drop and activate as timm's layer does"
+    return self.act(self.drop(RunningBatchNorm2d.forward(self, x)))
+
+_elsewhere = dict(RunningBatchNormAct2d=('timm.layers.norm_act','BatchNormAct2d',RunningBatchNorm2d,dict(forward=_act_forward)),
+    RunningSyncBatchNormAct=('timm.layers.norm_act','SyncBatchNormAct',RunningSyncBatchNorm,{}),
+    RunningBatchNorm1dFlat=('fastai.layers','BatchNorm1dFlat',RunningBatchNorm1d,{}))
+
+def __getattr__(name):
+    "The twin of a layer of another library, made when it is first asked for"
+    if name not in _elsewhere: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module,old,running,members = _elsewhere[name]
+    globals()[name] = twin = type(name, (getattr(import_module(module), old), running), dict(members, __module__=__name__, __doc__=f"`{module}.{old}` as a running norm"))
+    return twin
