@@ -95,14 +95,19 @@ class RunBNSchedule(Callback):
         "Set the settings of this step; not in a learning rate search"
         if hasattr(self.learn, 'lr_finder'): return
         if self.shared is None: self.shared = _share_settings(self.learn.model, set(self.scheds))
-        for k,f in self.scheds.items():
-            self.hps[f'runbn_{k}'].append(value := float(f(self.pct_train)))
-            for t in self.shared[k]: t.fill_(value)
+        self.values = {k:float(f(self.pct_train)) for k,f in self.scheds.items()}
+        for k,v in self.values.items():
+            for t in self.shared[k]: t.fill_(v)
+
+    def after_batch(self):
+        "Record the settings of this step"
+        if self.shared is not None:
+            for k,v in self.values.items(): self.hps[f'runbn_{k}'].append(v)
 
     def after_fit(self):
         "Restore the settings, and leave what they were to the recorder"
         unschedule(self.learn.model)
-        if self.shared and hasattr(self.learn, 'recorder'):
+        if self.shared is not None and hasattr(self.learn, 'recorder'):
             others = self.recorder.hps if any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs) else {}
             self.recorder.hps = {**others, **self.hps}
         self.shared = None
