@@ -1,4 +1,4 @@
-"The 25 points of fitting into fastai and PyTorch, each a test with its number (4, the families of models, is tests/test_families.py)"
+"The 25 points of fitting into fastai and PyTorch, each a test with its number"
 import math,os,pickle,subprocess,sys,warnings
 from copy import deepcopy
 import pytest,torch
@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torchvision.ops import FrozenBatchNorm2d
 from torch.optim.swa_utils import update_bn
 from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
+from fastai_runbn.bench.families import families,there_and_back
 from fastai_runbn.bench.tasks import digits_dls
 from learners import assert_same,five,make,norms,running,state,trained_stats
 
@@ -70,6 +71,13 @@ def test_03_odd_layers_are_handled_or_reported():
     for k,x in dict(plain=(2,4,3,3), cumulative=(2,4,3,3), sync=(2,4,3,3), one=(2,4), three=(2,4,3,3,3)).items(): assert handled[k](torch.randn(x)).isfinite().all()
     assert type(to_bn(to_runbn(nn.BatchNorm2d(3)))) is nn.BatchNorm2d    # the model is a norm itself
     assert to_bn(model)[0]['cumulative'].momentum is None and type(handled['sync']) is nn.SyncBatchNorm
+
+@pytest.mark.parametrize('name', families)
+def test_04_families_there_and_back(name):
+    row = there_and_back(name) if not name.endswith(('convnext_atto','vit_tiny_patch16_224')) else None
+    if row is None:                                                      # no batch norm at all: a warning, and the model as it was
+        with pytest.warns(UserWarning, match='Nothing to convert.*LayerNorm'): to_runbn(families[name]()[0])
+    else: assert row['bit_equal'] and row['converted'] == row['norms'] > 2
 
 @two
 def test_05_hooks_fire_and_activation_stats_are_whole(kind):

@@ -27,7 +27,7 @@ mutations = [
     ('the count of samples read on the host', 'layers', 'if self.clamp:', 'if self.clamp and self.samples_seen.item()<len(self.clamp):', quick),
     ('evaluation follows the training window', 'layers', 'if self.eval_window is not None:', 'if False:', quick),
     ('a second backward owes what the first left', 'functional', 'if ctx.owed is None: ctx.owed = owed', 'ctx.owed = owed', quick),
-    ('a compiled backward computes the statistics again', 'functional', 'return _keep_op(torch.stack(ts)).unbind() if', 'return _keep_op(torch.stack(ts)).unbind() if False and', compiled)]
+    ('a compiled backward computes the statistics again', 'functional', '.keep(torch.stack(ts)).unbind() if', '.keep(torch.stack(ts)).unbind() if False and', compiled)]
 
 def copy(to):
     "What git tracks or would, in another folder"
