@@ -1,4 +1,5 @@
 "Everything a user needs: `from fastai_runbn.all import *`"
+from fastai_runbn.moments import lesson10_momentum,window
 from fastai_runbn.layers import *
 from fastai_runbn.surgery import *
 from fastai_runbn.schedule import *

@@ -3,6 +3,7 @@ import numpy as np,pandas as pd,torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18
+from fastai.callback.all import ShortEpochCallback
 from fastai.basics import DataLoaders,default_device,set_seed
 from fastai.tabular.all import CategoryBlock,Normalize,TabularDataLoaders,tabular_learner
 from fastai.vision.all import CrossEntropyLossFlat,Learner,SGD,accuracy,unet_learner,vision_learner
@@ -42,6 +43,9 @@ def make(kind, cbs=None, seed=3, path=None, **kw):
     learn.logger = lambda *args: None
     if path: learn.path = path
     return learn
+
+def short(pct=.05): return ShortEpochCallback(pct, short_valid=False)
+def fit(learn, n=1, lr=1e-3, cbs=(), pct=.05): learn.fit(n, lr, cbs=[short(pct),*cbs])
 
 def norms(learn): return [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 def running(learn): return [m for m in norms(learn) if isinstance(m, RunningBatchNormMixin)]

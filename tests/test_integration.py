@@ -3,7 +3,7 @@ import math,os,pickle,subprocess,sys,warnings
 from copy import deepcopy
 import pytest,torch
 from fastai.callback.all import (ActivationStats,BnFreeze,Callback,CancelFitException,ChannelsLast,CutMix,EarlyStoppingCallback,GradientAccumulation,GradientClip,MixUp,
-    ReduceLROnPlateau,SaveModelCallback,SchedCos,SchedExp,SchedLin,ShortEpochCallback,TerminateOnNaNCallback)
+    ReduceLROnPlateau,SaveModelCallback,SchedCos,SchedExp,SchedLin,TerminateOnNaNCallback)
 from fastai.learner import SkipToEpoch
 from fastai.vision.all import Adam,Learner,OptimWrapper,SGD,accuracy,load_learner,ranger,set_seed
 from fastai.vision.gan import GANLearner,basic_critic,basic_generator
@@ -14,13 +14,11 @@ from torch.optim.swa_utils import update_bn
 from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
 from fastai_runbn.bench.families import families,there_and_back
 from fastai_runbn.bench.tasks import digits_dls
-from learners import assert_same,five,make,norms,running,state,trained_stats
+from learners import assert_same,fit,five,make,norms,running,short,state,trained_stats
 
 two = pytest.mark.parametrize('kind', ['plain','vision'])
 three = pytest.mark.parametrize('kind', ['plain','timm','tabular'])
 every = pytest.mark.parametrize('kind', ['plain','vision','timm','unet','tabular'])
-def short(pct=.05): return ShortEpochCallback(pct, short_valid=False)
-def fit(learn, n=1, lr=1e-3, cbs=(), pct=.05): learn.fit(n, lr, cbs=[short(pct),*cbs])
 def preds(learn): return learn.get_preds(inner=False)[0]
 
 # surgery
