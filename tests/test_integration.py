@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from torchvision.ops import FrozenBatchNorm2d
 from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint_sequential
 from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
 from fastai_runbn.bench.families import families,there_and_back
 from fastai_runbn.bench.tasks import digits_dls
@@ -402,10 +403,13 @@ from torch import nn
 from datetime import timedelta
 sys.path.insert(0, sys.argv[3])
 from fastai_runbn.surgery import to_bn,to_runbn
+from fastai_runbn.bench.families import families
+from fastai_runbn.bench.tasks import lesson10_convnet
 rank,kw = int(sys.argv[1]),dict(broadcast_buffers=False) if sys.argv[4]=='False' else {}
 dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2, timeout=timedelta(seconds=60))
 torch.manual_seed(0)
-model = to_runbn(nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,4,3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64,2)))
+model,x = (lesson10_convnet(),torch.randn(2,1,28,28)) if sys.argv[5]=='plain' else families['timm lcnet_035']()
+model = to_runbn(model)
 net = nn.parallel.DistributedDataParallel(model, **kw)
 try: to_runbn(net)
 except TypeError as e: assert 'Convert before wrapping' in str(e)
@@ -413,50 +417,57 @@ else: raise SystemExit('a wrapped model was converted')
 opt = torch.optim.SGD(net.parameters(), .1)
 torch.manual_seed(rank)
 for _ in range(10):
-    opt.zero_grad(); nn.functional.cross_entropy(net(torch.randn(2,1,8,8)), torch.randint(2, (2,))).backward(); opt.step()
+    opt.zero_grad(); nn.functional.cross_entropy(net(torch.randn(2,*x.shape[1:])), torch.randint(2, (2,))).backward(); opt.step()
 for p in model.parameters():
     both = [torch.zeros_like(p) for _ in range(2)]
     dist.all_gather(both, p.detach())
     assert torch.equal(*both) and p.isfinite().all()
-assert model[1].num_batches_tracked.item()==10 and all(b.isfinite().all() for b in model.buffers())
+assert next(m for m in model.modules() if hasattr(m, 'window_mean')).num_batches_tracked.item()==10 and all(b.isfinite().all() for b in model.buffers())
 print('trained')
 '''
 
 @pytest.mark.parametrize('broadcast', [True,False])
-def test_20_ddp_of_two_processes(broadcast, tmp_path):
+@pytest.mark.parametrize('kind', ['plain','timm'])
+def test_20_ddp_of_two_processes(kind, broadcast, tmp_path):
     "A converted model trains under DDP: the ranks' parameters stay equal (the windows are each rank's own, or rank 0's with broadcast_buffers)"
     (tmp_path/'ddp.py').write_text(ddp)
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, 'OMP_NUM_THREADS':'1'}
-    ps = [subprocess.Popen([sys.executable, str(tmp_path/'ddp.py'), str(r), str(tmp_path/'store'), root, str(broadcast)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    ps = [subprocess.Popen([sys.executable, str(tmp_path/'ddp.py'), str(r), str(tmp_path/'store'), root, str(broadcast), kind], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     try: outs = [p.communicate(timeout=120)[0] for p in ps]
     finally:
         for p in ps: p.kill()
     assert [p.returncode for p in ps] == [0,0] and all('trained' in o for o in outs), outs
 
-def test_21_compiled_is_eager():
+@pytest.mark.parametrize('kind', ['plain','tabular'])
+def test_21_compiled_is_eager(kind):
     "`learn.model.compile()` before the fit; the callback converts inside, and the keys stay"
     losses = []
     for compiled in (False,True):
         torch._dynamo.reset()
-        learn = make('plain', RunBNCallback())
+        learn = make(kind, RunBNCallback())
         keys = list(learn.model.state_dict())
         if compiled: learn.model.compile(backend='aot_eager')
         fit(learn, lr=.05, pct=.2)
-        assert len(running(learn)) == 5 and list(learn.model.state_dict()) == keys
+        assert len(running(learn)) == len(norms(learn)) and list(learn.model.state_dict()) == keys
         losses.append(torch.stack([torch.as_tensor(l) for l in learn.recorder.losses]))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
 
-def test_22_checkpointed_gradients_are_plain():
+@pytest.mark.parametrize('kind', ['timm','vision'])
+def test_22_checkpointed_gradients_are_plain(kind):
     import timm
     for reentrant in (True,False):
         torch.manual_seed(0)
-        a = to_runbn(timm.create_model('resnet18', pretrained=False, num_classes=3)).double(); b = deepcopy(a)
-        b.set_grad_checkpointing(True)
-        timm.layers.set_reentrant_ckpt(reentrant)
+        a = timm.create_model('resnet18', pretrained=False, num_classes=10) if kind=='timm' else make('vision').model.eval()
+        a = to_runbn(a).double(); b = deepcopy(a)
+        for m in (a,b): m.train()
+        for m in (*a.modules(),*b.modules()):
+            if isinstance(m, nn.Dropout): m.p = 0.
+        if kind=='timm': b.set_grad_checkpointing(True); timm.layers.set_reentrant_ckpt(reentrant); f = b
+        else: f = lambda x: b[1](checkpoint_sequential(b[0], 2, x, use_reentrant=reentrant))
         for _ in range(2):
-            x = torch.randn(2,3,32,32).double()
-            for net in (a,b): nn.functional.cross_entropy(net(x), torch.tensor([0,2])).backward()
+            x = torch.randn(2, 3 if kind=='timm' else 1, 32, 32).double().requires_grad_()
+            for net in (a,f): nn.functional.cross_entropy(net(x), torch.tensor([0,2])).backward()
         for (k,p),q in zip(a.named_parameters(), b.parameters()): torch.testing.assert_close(q.grad, p.grad, rtol=1e-8, atol=1e-10, msg=k)
         for (k,p),q in zip(a.named_buffers(), b.buffers()): torch.testing.assert_close(q, p, rtol=1e-8, atol=1e-10, msg=k)
 
@@ -508,10 +519,11 @@ def test_24_schedules_are_recorded_drawn_and_undone(kind, tmp_path):
     fit(learn)                                                           # RunBNCallback undoes it where the schedule is gone
     assert restored()
 
-def test_25_run_bn_no_shadowing_and_light_imports():
+@two
+def test_25_run_bn_no_shadowing_and_light_imports(kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        learn = make('plain', [RunBNCallback(),RunBNSchedule(credit=SchedLin(0,1))])
+        learn = make(kind, [RunBNCallback(),RunBNSchedule(credit=SchedLin(0,1))])
         fit(learn)
     assert isinstance(learn.run_bn, RunBNCallback) and not [w for w in caught if 'shadow' in str(w.message).lower()]
     code = "import sys,fastai.basics; before=set(sys.modules); import fastai_runbn.all; print([m for m in ('timm','accelerate','onnx','hypothesis') if m in sys.modules])"
