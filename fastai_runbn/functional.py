@@ -101,15 +101,16 @@ def window_statistics(
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance
 )->tuple: # To normalise with: mean, 1/standard deviation, the batch's share $\rho$, 1 where above the floor; the batch's mean and biased variance; all `(C,)`
-    "Merge the moments of `x` into the window; those that are not finite stay out, with $\\rho=0$"
+    "Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\\rho=0$"
     if x.shape[1]!=len(window_mean): raise RuntimeError(f"running batch norm of {len(window_mean)} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     m,v,M = batch_moments(x)
     m,v = m.to(window_mean.dtype),v.to(window_mean.dtype)
-    ok = (m+v).isfinite()
-    m,v = torch.where(ok, m, window_mean),torch.where(ok, v, window_var)
     count,rho = window_share(window_count, M, momentum)
-    count,rho = torch.where(ok, count, window_count),torch.where(ok, rho, 0.)
     mean,var = merge_moments(window_mean, window_var, m, v, rho)
+    ok = (mean+var).isfinite()
+    rho = torch.where(ok, rho, 0.)
+    news,olds = (m,v,mean,var,count),(window_mean,window_var,window_mean,window_var,window_count)
+    m,v,mean,var,count = (torch.where(ok, new, old) for new,old in zip(news, olds))
     window_mean.copy_(mean); window_var.copy_(var); window_count.copy_(count)
     free = torch.ones_like(var) if floor is None else (var>=floor).to(var)
     rstd = (var if floor is None else torch.maximum(var, floor)).add(eps).rsqrt()

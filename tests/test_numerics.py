@@ -90,6 +90,15 @@ def test_a_bad_batch_is_normalised_with_the_window():
     y = layer(torch.tensor([[float('inf')],[3.]]).double())
     assert y[0].isinf() and y[1].item() == pytest.approx(2/(1+1e-5)**.5)
 
+def test_a_finite_batch_that_would_overflow_the_window_stays_out():
+    "Values of 1e25 have a finite mean and no variance, but their distance squared is infinite in float32"
+    layer = RunningBatchNorm1d(2)
+    layer(torch.randn(4,2))
+    before = layer.window_var.clone()
+    layer(torch.tensor([[1e25,0.],[1e25,1.]]))
+    assert layer.window_var[0] == before[0] and layer.window_var[1] != before[1] and layer.skipped_batches == 1
+    assert layer(torch.randn(4,2)).isfinite().all() and layer.running_var.isfinite().all()
+
 def test_a_bad_first_batch_leaves_an_empty_window():
     layer,fresh = RunningBatchNorm1d(2),RunningBatchNorm1d(2)
     layer(torch.full((2,2), float('nan')))

@@ -18,7 +18,7 @@ mutations = [
     ('the statistics not detached', 'layers', 'with torch.no_grad(): stats = self._statistics(x)', 'stats = self._statistics(x)', quick),
     ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
-    ('moments that are not finite merged', 'functional', 'ok = (m+v).isfinite()', 'ok = (m==m)|True', quick),
+    ('moments that are not finite merged', 'functional', 'ok = (mean+var).isfinite()', 'ok = (mean==mean)|True', quick),
     ('gradients that are not finite averaged', 'functional', 'torch.where(g.isfinite(), g, window_grad)', 'g', quick),
     ('the variance reacts at its floor', 'functional', 'xhat*_per_channel(G2*free,x)', 'xhat*_per_channel(G2,x)', quick),
     ('the clamp counts the batch at hand', 'layers', 'self.samples_seen+bs if self.clamp_inclusive else', 'self.samples_seen+bs if True else', quick),
