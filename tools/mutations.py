@@ -1,4 +1,4 @@
-"Break the layer on purpose, one way at a time, in a copy, and record which tests notice: `python tools/mutations.py` writes tests/MUTATIONS.md"
+"Break the layer on purpose, one way at a time, in a copy, and record which tests notice: `python tools/mutations.py` writes tests/MUTATIONS.md, `python tools/mutations.py WORD` only the rows with that word in their name"
 import os,re,subprocess,sys,tempfile
 from collections import Counter
 from pathlib import Path
@@ -44,34 +44,39 @@ def failures(folder, tests):
         capture_output=True, text=True).stdout
     return [l.split()[1] for l in out.splitlines() if re.match(r'(FAILED|ERROR) ', l)],out.strip().splitlines()[-1]
 
-def main():
-    rows = []
+def _row(what, module, old, new, names):
+    "The table's row: what was broken, and the tests `names` (how often each) that noticed"
+    def code(s): return f"`{s.strip()}`".replace('|','\\|') if s.strip() else 'nothing'
+    caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
+    return f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|'
+
+def main(word=''):
+    report = root/'tests'/'MUTATIONS.md'
+    kept = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if word and report.exists() else {}
+    chosen,rows = [m for m in mutations if word in m[0]],{}
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
         for tests in (quick,compiled):
+            if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
             print(f'unbroken: {last}', flush=True)
-        for what,module,old,new,tests in mutations:
+        for what,module,old,new,tests in chosen:
             f = d/'fastai_runbn'/f'{module}.py'
             sound = f.read_text()
             if sound.count(old)!=1: sys.exit(f'{what}: {old!r} stands {sound.count(old)} times in {module}.py, not once')
             f.write_text(sound.replace(old, new))
-            failed,last = failures(d, tests)
+            failed,_ = failures(d, tests)
             f.write_text(sound)
-            names = Counter(n.split('[')[0].replace('tests/','') for n in failed)
-            rows.append((what, module, old, new, names))
+            rows[what] = _row(what, module, old, new, Counter(n.split('[')[0].replace('tests/','') for n in failed))
             print(f'{len(failed):4} failed: {what}', flush=True)
     lines = ['# Mutations', '']
     lines += ['The layer broken on purpose, one way at a time, in a scratch copy: which tests noticed. Made by `python tools/mutations.py`; × is the number of cases of a test.', '']
     lines += ['|broken|in|from|to|caught by|', '|---|---|---|---|---|']
-    code = lambda s: f"`{s.strip()}`".replace('|','\\|') if s.strip() else 'nothing'
-    for what,module,old,new,names in rows:
-        caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
-        lines.append(f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|')
-    (root/'tests'/'MUTATIONS.md').write_text('\n'.join(lines)+'\n')
-    missed = [r[0] for r in rows if not r[4]]
+    lines += [rows.get(m[0]) or kept[m[0]] for m in mutations if m[0] in rows or m[0] in kept]
+    report.write_text('\n'.join(lines)+'\n')
+    missed = [what for what,r in rows.items() if '**nothing**' in r]
     if missed: sys.exit(f'not caught: {missed}')
 
-if __name__=='__main__': main()
+if __name__=='__main__': main(*sys.argv[1:2])
