@@ -83,9 +83,10 @@ def _keep_kernel(t):
     return t.clone()
 
 _lib = torch.library.Library('fastai_runbn', 'FRAGMENT') # torch.library.custom_op would do, but searches all modules for its source: 80 ms more for an import
-_lib.define('keep(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
-_lib.impl('keep', _keep_kernel, 'CompositeExplicitAutograd')
-_lib.impl('keep', torch.empty_like, 'Meta')
+if not hasattr(torch.ops.fastai_runbn, 'keep'): # it is there where this page runs in a process that has the library
+    _lib.define('keep(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
+    _lib.impl('keep', _keep_kernel, 'CompositeExplicitAutograd')
+    _lib.impl('keep', torch.empty_like, 'Meta')
 
 def _keep(*ts):
     "`ts`, safe from being computed again by a compiled backward"
