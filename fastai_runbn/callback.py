@@ -59,7 +59,7 @@ def before_train(self:RunBNCallback):
     momentum = runbn_settings(**self.settings)['momentum'] if acc is None else window_rule(acc.n_acc)
     for r in self.report.running:
         m = self.learn.model.get_submodule(r.name)
-        if not r.why and m.momentum!=momentum: m.set_settings(momentum=momentum)
+        if not r.why and not hasattr(m, '_unscheduled') and m.momentum!=momentum: m.set_settings(momentum=momentum) # a schedule goes first
 
 # %% ../nbs/06_callback.ipynb #876bd008
 @patch

@@ -1,5 +1,5 @@
 "Small learners on embedded data, seeded and silent: the same weights, data and order every time"
-import numpy as np,pandas as pd,torch
+import pandas as pd,torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from torchvision.models import resnet18

@@ -1,6 +1,5 @@
 "Nothing in the training path reads a tensor's value on the host or moves it between devices: either would make a GPU wait"
 import pytest,torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

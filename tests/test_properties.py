@@ -1,5 +1,5 @@
 "Random shapes, layouts, dtypes, batch sizes and settings, a few steps each, against the oracle and against the reference; the nightly profile takes ten times as many"
-import numpy as np,pytest,torch
+import numpy as np,torch
 from hypothesis import given,strategies as st
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 from fastai_runbn.moments import window

@@ -8,7 +8,6 @@ __all__ = ['families', 'there_and_back']
 # %% ../../nbs/09_bench.families.ipynb #c33e5d93
 from functools import partial
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..surgery import surgery_report,to_bn,to_runbn
 
@@ -19,7 +18,7 @@ def _timm(name, size):
 
 def _torchvision(name, *shape):
     import torchvision
-    kwargs = {} if name in ('resnet18','mobilenet_v2','densenet121') else dict(weights_backbone=None) if name.startswith(('fcn','faster')) else {}
+    kwargs = dict(weights_backbone=None) if name.startswith(('fcn','faster')) else {} # they would download a pretrained body
     return torchvision.models.get_model(name, weights=None, **kwargs),torch.randn(shape)
 
 def _fastai(name):
