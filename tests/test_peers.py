@@ -1,0 +1,231 @@
+"Batch renormalization and MABN against statements of their formulas of their own, in float64"
+import numpy as np
+import pytest,torch
+from torch import nn
+from fastai_runbn.bench.peers import (BatchRenorm2d,BatchRenorm3d,CenConv2d,CenConv3d,MABN2d,MABN3d,centre_convs,centre_weight,use_norm)
+
+f64 = dict(dtype=torch.float64)
+shapes = pytest.mark.parametrize('dims', [(4,5),(3,4,5)], ids=['2d','3d'])
+kinds = {'2d':(BatchRenorm2d,MABN2d,nn.BatchNorm2d), '3d':(BatchRenorm3d,MABN3d,nn.BatchNorm3d)}
+def kind(dims): return kinds[f'{len(dims)}d']
+
+def randomize(layer):
+    "Scale and shift that are not 1 and 0"
+    with torch.no_grad(): layer.weight.uniform_(.5, 2); layer.bias.normal_()
+    return layer
+
+def batch(*dims, bs=2, scale=1., shift=0., C=3): return (torch.randn(bs,C,*dims, **f64)*scale+shift).requires_grad_()
+
+def grads(layer, x, dy):
+    y = layer(x)
+    return (y, *torch.autograd.grad(y, (x,layer.weight,layer.bias), dy))
+
+def close(a, b, **kw): torch.testing.assert_close(a, b, **kw)
+
+# Batch renormalization
+
+class RenormStatement:
+    "Ioffe's algorithm 1 by autograd, with everything that has no gradient detached by name"
+    def __init__(self, C, eps=1e-5, alpha=.01): self.mean,self.sd,self.eps,self.alpha = torch.zeros(C, **f64),torch.ones(C, **f64).add(eps).sqrt(),eps,alpha
+    def __call__(self, x, w, b, r_max, d_max):
+        s = (1,-1)+(1,)*(x.ndim-2)
+        dims = [0,*range(2,x.ndim)]
+        mb = x.mean(dims)
+        sb = (((x-mb.view(s))**2).mean(dims)+self.eps).sqrt()
+        r = torch.clip(sb/self.sd, 1/r_max, r_max).detach()
+        d = torch.clip((mb-self.mean)/self.sd, -d_max, d_max).detach()
+        self.mean,self.sd = self.mean+self.alpha*(mb.detach()-self.mean),self.sd+self.alpha*(sb.detach()-self.sd)
+        return w.view(s)*((x-mb.view(s))/sb.view(s)*r.view(s)+d.view(s))+b.view(s)
+
+@shapes
+@pytest.mark.parametrize('r_max,d_max', [(1.,0.),(1.2,.3),(3.,5.),(1e9,1e9)])
+def test_renorm_is_the_paper_over_several_steps(dims, r_max, d_max):
+    layer = randomize(kind(dims)[0](3, momentum=.1, r_max=r_max, d_max=d_max, start=0, r_end=0, d_end=0, **f64))
+    paper = RenormStatement(3, alpha=.1)
+    for i in range(6):
+        x = batch(*dims, scale=1+i, shift=i)
+        dy = torch.randn_like(x)
+        y = paper(x, layer.weight, layer.bias, r_max, d_max)
+        expected = (y, *torch.autograd.grad(y, (x,layer.weight,layer.bias), dy))
+        for a,b in zip(grads(layer, x, dy), expected): close(a, b)
+        close(layer.running_mean, paper.mean); close((layer.running_var+layer.eps).sqrt(), paper.sd)
+
+@shapes
+def test_renorm_is_batch_norm_at_first_with_its_gradients(dims):
+    layer = randomize(kind(dims)[0](3, **f64))
+    bn = kind(dims)[2](3, **f64)
+    bn.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        x = batch(*dims, scale=3, shift=2)
+        dy = torch.randn_like(x)
+        for a,b in zip(grads(layer, x, dy), grads(bn, x, dy)): close(a, b)
+
+def test_unclipped_renorm_trains_as_it_evaluates():
+    layer = randomize(BatchRenorm2d(3, r_max=1e9, d_max=1e9, start=0, r_end=0, d_end=0, **f64))
+    with torch.no_grad(): layer.running_mean.normal_(); layer.running_var.uniform_(.5, 2)
+    x = batch(4,5, scale=2, shift=3)
+    expected = layer.eval()(x)
+    close(layer.train()(x), expected)
+    assert not torch.allclose(layer.eval()(x), expected)                # the step moved the averages
+
+def test_renorm_gradient_stops_at_r_and_d():
+    "Were r and d differentiated, the unclipped gradient would be that of evaluation, γ/σ·dy; stopped, it sums to zero over a channel"
+    layer = BatchRenorm2d(3, r_max=1e9, d_max=1e9, start=0, r_end=0, d_end=0, **f64)
+    x = batch(4,5, scale=2, shift=3)
+    dx = grads(layer, x, torch.randn_like(x))[1]
+    close(dx.sum((0,2,3)), torch.zeros(3, **f64), atol=1e-12, rtol=0)
+    close((dx*x.detach()).sum((0,2,3)), torch.zeros(3, **f64), atol=1e-4, rtol=0) # but for eps
+
+def test_renorm_limits_open_as_in_the_paper():
+    layer = BatchRenorm2d(1)
+    def at(t): layer.num_batches_tracked.fill_(t); return tuple(float(o) for o in layer.limits())
+    assert at(0)==at(5000)==(1,0)
+    assert at(15_000)==pytest.approx((1+2*10/35,2.5))
+    assert at(25_000)==pytest.approx((1+2*20/35,5)) and at(40_000)==at(10**6)==(3,5)
+
+def test_renorm_limits_follow_the_steps():
+    layer = BatchRenorm2d(1, start=2, r_end=4, d_end=3)
+    seen = []
+    for _ in range(5): layer(torch.randn(2,1,3,3)*5); seen.append(tuple(float(o) for o in layer.limits()))
+    assert seen==[(1,0),(1,0),(2,5),(3,5),(3,5)]
+
+def test_renorm_gradcheck_without_r_and_d():
+    layer = randomize(BatchRenorm2d(2, momentum=0., r_max=1., d_max=0., **f64))
+    assert torch.autograd.gradcheck(layer, (batch(3,2, C=2),))
+
+# MABN
+
+class MABNStatement:
+    "MABN in numpy: lists of all batches so far, of which the last `window` are averaged"
+    def __init__(self, C, window, warmup, r_start, lam, alpha, eps=1e-5):
+        vars(self).update(window=window, warmup=warmup, r_start=r_start, lam=lam, alpha=alpha, eps=eps, chi2s=[], psis=[], ema=np.ones(C), t=0)
+    def average(self, values):
+        values.append(values.pop())
+        return values[-1] if self.t<=max(self.window,self.warmup) else sum(values[-self.window:])/self.window
+    def step(self, x, w, b, dy):
+        "Arrays `(M,C)` and `(C,)`: y, dx, dw, db"
+        self.t += 1
+        self.chi2s.append((x**2).mean(0))
+        chi2 = self.average(self.chi2s)
+        chi,lam = np.sqrt(chi2+self.eps),self.lam if self.t>max(self.r_start,self.warmup) else 1
+        r = np.clip(chi/np.sqrt(self.ema+self.eps), 1/lam, lam)
+        self.ema = (1-self.alpha)*self.ema+self.alpha*chi2
+        xhat = x/chi
+        g = w*r*dy                                                      # of xhat
+        self.psis.append((g*xhat).mean(0))
+        return w*r*xhat+b, (g-xhat*self.average(self.psis))/chi, (dy*r*xhat).sum(0), dy.sum(0)
+
+def flat(t): return t.detach().movedim(1,-1).flatten(0,-2).numpy()
+
+@shapes
+@pytest.mark.parametrize('window,warmup,r_start,lam', [(1,0,0,1.), (3,0,0,5.), (3,0,0,1.05), (2,5,7,2.), (4,0,100,5.)])
+def test_mabn_is_the_paper_over_several_steps(dims, window, warmup, r_start, lam):
+    layer = randomize(kind(dims)[1](3, momentum=.1, window=window, warmup=warmup, r_start=r_start, r_max=lam, **f64))
+    paper = MABNStatement(3, window, warmup, r_start, lam, .1)
+    for i in range(12):
+        x = batch(*dims, scale=1+i%4, shift=.3)
+        dy = torch.randn_like(x)
+        got = grads(layer, x, dy)
+        expected = paper.step(flat(x), layer.weight.detach().numpy(), layer.bias.detach().numpy(), flat(dy))
+        for name,a,b in zip(('y','dx','dw','db'), got, expected):
+            np.testing.assert_allclose(flat(a) if a.ndim>1 else a.detach().numpy(), b, rtol=1e-9, atol=1e-12, err_msg=f'{name} of step {i}')
+        np.testing.assert_allclose(layer.running_var.numpy(), paper.ema)
+
+def test_mabn_gradcheck_with_the_batch_alone():
+    layer = randomize(MABN2d(2, warmup=1000, **f64))
+    assert torch.autograd.gradcheck(lambda x,w,b: torch.func.functional_call(layer, dict(weight=w, bias=b), (x,)),
+        (batch(3,2, C=2),layer.weight.detach().clone().requires_grad_(),layer.bias.detach().clone().requires_grad_()))
+
+def test_mabn_gradient_is_another_with_averages():
+    layer = MABN2d(2, window=2, warmup=0, r_start=0, **f64)
+    for _ in range(5): x = batch(3,2, C=2); dx = grads(layer, x, torch.randn_like(x))[1]
+    assert (dx*x.detach()).sum().abs()>1e-3                             # of the batch alone it would be 0 but for eps
+
+@pytest.mark.parametrize('make', [BatchRenorm2d,MABN2d])
+def test_evaluation_uses_running_statistics_alone(make):
+    layer = randomize(make(3, **f64))
+    for _ in range(5): layer(batch(4,5, scale=2))
+    before,x = {k:v.clone() for k,v in layer.state_dict().items()},batch(4,5, scale=7, shift=1)
+    y = layer.eval()(x)
+    s = (1,-1,1,1)
+    expected = (x-layer.running_mean.view(s))/(layer.running_var+layer.eps).sqrt().view(s)*layer.weight.view(s)+layer.bias.view(s)
+    close(y, expected)
+    close(y[:1], layer(x[:1]))                                          # whatever else is in the batch
+    for k,v in layer.state_dict().items(): assert torch.equal(v, before[k]), k
+
+def test_mabn_leaves_the_mean_alone():
+    layer = MABN2d(3)
+    for _ in range(3): layer(torch.randn(2,3,4,4)+5)
+    assert not layer.running_mean.any()
+
+# both
+
+makes = pytest.mark.parametrize('make,dims', [(BatchRenorm2d,(4,5)),(MABN2d,(4,5)),(BatchRenorm3d,(3,4,5)),(MABN3d,(3,4,5))], ids=lambda o: getattr(o, '__name__', ''))
+
+@makes
+def test_state_resumes_to_the_bit(make, dims):
+    kw = dict(window=2, warmup=0, r_start=0) if make in (MABN2d,MABN3d) else dict(start=0, r_end=5, d_end=5)
+    a,b = make(3, **kw),make(3, **kw)
+    for _ in range(4): grads(a, *(x:=torch.randn(2,3,*dims, requires_grad=True),torch.randn_like(x)))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(2,3,*dims, requires_grad=True)
+    for u,v in zip(grads(a, x, torch.ones_like(x)), grads(b, x, torch.ones_like(x))): assert torch.equal(u, v)
+
+@makes
+def test_autocast_and_channels_last(make, dims):
+    layer,plain = make(3),make(3)
+    x = torch.randn(2,3,*dims).to(memory_format=torch.channels_last if len(dims)==2 else torch.channels_last_3d)
+    close(layer(x), plain(x.contiguous()))
+    half = x.bfloat16().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16): y = layer(half)
+    y.sum().backward()
+    assert y.dtype==half.grad.dtype==torch.bfloat16 and layer.running_var.dtype==torch.float32
+    assert y.is_contiguous(memory_format=torch.channels_last if len(dims)==2 else torch.channels_last_3d)
+
+@makes
+def test_without_affine(make, dims):
+    layer = make(3, affine=False)
+    x = torch.randn(2,3,*dims, requires_grad=True)
+    y = layer(x)
+    y.backward(torch.randn_like(y))
+    close(y, make(3)(x)); assert x.grad is not None and not list(layer.parameters())
+
+@makes
+def test_it_has_to_track(make, dims):
+    with pytest.raises(ValueError, match='leave it True'): make(3, track_running_stats=False)
+    with pytest.raises(ValueError, match='expected'): make(3)(torch.randn(2,3))
+
+# convolutions and models
+
+@pytest.mark.parametrize('cen,plain,dims', [(CenConv2d,nn.Conv2d,(5,5)),(CenConv3d,nn.Conv3d,(4,4,4))])
+def test_centred_convolution(cen, plain, dims):
+    a,b = cen(4,6,3, groups=2, **f64),plain(4,6,3, groups=2, **f64)
+    with torch.no_grad(): b.weight.copy_(torch.stack([w-w.mean() for w in a.weight])); b.bias.copy_(a.bias)
+    x = torch.randn(2,4,*dims, **f64)
+    close(a(x), b(x))
+    close(a(x+3), a(x))                                                 # a constant has no part in it
+    (a(x)**2).sum().backward()
+    close(a.weight.grad.flatten(1).sum(1), torch.zeros(6, **f64), atol=1e-9, rtol=0)
+    close(centre_weight(a.weight), b.weight)
+
+def test_centre_convs_keeps_parameters_and_subclasses():
+    class Own(nn.Conv2d): pass
+    net = nn.Sequential(nn.Conv2d(1,2,3), Own(2,2,3), nn.Linear(2,2))
+    weight = net[0].weight
+    assert centre_convs(net) is net and [type(m) for m in net]==[CenConv2d,Own,nn.Linear] and net[0].weight is weight
+
+def test_use_norm_replaces_exactly_batch_norm():
+    class Own(nn.BatchNorm2d): pass
+    shared = nn.BatchNorm2d(4)
+    net = nn.ModuleDict(dict(a=nn.Sequential(nn.Conv2d(3,4,1), shared), b=nn.BatchNorm3d(5), c=Own(4), d=shared, e=nn.GroupNorm(2,4)))
+    use_norm(net.eval(), BatchRenorm2d)
+    assert [type(net[k]) for k in 'bcde']==[BatchRenorm2d,Own,BatchRenorm2d,nn.GroupNorm] and net['a'][1] is net['d'] and net['b'].num_features==5
+    assert not net['d'].training
+    with pytest.raises(ValueError, match='no norm to replace'): use_norm(net, MABN2d)
+
+def test_use_norm_keeps_the_activation_of_timm():
+    timm = pytest.importorskip('timm')
+    net = use_norm(timm.create_model('efficientnet_b0', pretrained=False).eval(), lambda C: nn.GroupNorm(4, C))
+    kinds = [type(m).__name__ for m in net.modules()]
+    assert 'BatchNormAct2d' not in kinds and type(net.bn1[2]) is nn.SiLU and kinds.count('GroupNorm')==49
+    assert net(torch.randn(1,3,32,32)).shape==(1,1000)
