@@ -181,7 +181,7 @@ def _target_table(summary):
     from rich.table import Table
     table = Table('ratio to BatchNorm', 'contender', 'cases', 'mean', 'worst', 'target', 'met')
     for r in summary.itertuples():
-        if r.cases: table.add_row(r.group, r.contender, str(r.cases), f'{r.mean:.2f}', f'{r.worst:.2f} {r.worst_case}', r.target, r.met)
+        if r.cases: table.add_row(r.group, r.contender, str(r.cases), f'{r.mean:.2f}', f'{r.worst:.2f}', r.target, r.met)
     return table
 
 def _pattern(option, pattern, choices):

@@ -87,7 +87,7 @@ def _sample(f, n, device):
     end.record(); torch.cuda.synchronize()
     return start.elapsed_time(end)/n
 
-# %% ../../nbs/09_bench.speed.ipynb #8def3bd4
+# %% ../../nbs/09_bench.speed.ipynb #8168b20a
 def interleave(
     fs:dict, # Functions without arguments, by name
     rounds:int=20, # Samples of each
@@ -96,14 +96,15 @@ def interleave(
     seed:int=0, # Of the order
 )->pd.DataFrame: # ms a call, a row a round, a column a function
     "Time functions against each other: in every round one sample of each, in random order"
-    rng,n,times = random.Random(seed),{},[]
+    rng,n = random.Random(seed),{}
     for name,f in fs.items():
         for _ in range(2): f()
         n[name] = max(1, math.ceil(sample_ms/min(_sample(f, 1, device) for _ in range(3))))
-    for _ in range(rounds):
-        order = rng.sample(list(fs), len(fs))
-        gc.collect()
-        times.append({name:_sample(fs[name], n[name], device) for name in order})
+    collects = gc.isenabled()
+    gc.collect(); gc.disable()                                          # or the collector strikes at random
+    try: times = [{name:_sample(fs[name], n[name], device) for name in rng.sample(list(fs), len(fs))} for _ in range(rounds)]
+    finally:
+        if collects: gc.enable()
     return pd.DataFrame(times, columns=list(fs))
 
 # %% ../../nbs/09_bench.speed.ipynb #cdeb128e
@@ -474,7 +475,7 @@ def ratio_table(
         table = table.rename(columns={'BatchNorm':'BatchNorm, ms'})
     return table.rename_axis(columns=None)
 
-# %% ../../nbs/09_bench.speed.ipynb #9286d3a4
+# %% ../../nbs/09_bench.speed.ipynb #02669546
 colors = {'lesson 10':'#d55e00', 'ours':'#0072b2', 'ours compiled':'#56b4e9', 'GroupNorm':'#009e73', 'SyncBatchNorm':'#999999', 'BatchRenorm':'#e69f00', 'MABN':'#cc79a7'}
 
 def plot_speed(
@@ -499,6 +500,7 @@ def plot_speed(
             err = [rows.ratio-rows.ratio_low, rows.ratio_high-rows.ratio]
             ax.bar(at, rows.ratio-1, .8/len(names), bottom=1, color=colors[name], label=name, yerr=err, error_kw=dict(lw=.8, ecolor='#333333'))
         ax.axhline(1, color='black', lw=1)
+        ax.set_xlim(-.5, len(cases)-.5)
         ax.set_yscale('log', base=2)
         ax.yaxis.set_major_formatter('{x:g}×')
         ax.set_xticks(range(len(cases)), cases, fontsize=8)
