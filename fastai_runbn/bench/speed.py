@@ -207,13 +207,13 @@ def _passes(layer, pool, precision, device):
 
 def _reason(e): return str(e) if isinstance(e, NotImplementedError) else f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"[:160]
 
-# %% ../../nbs/09_bench.speed.ipynb #6425982d
+# %% ../../nbs/09_bench.speed.ipynb #d30c64ed
 def bench_layer(
     shape, # Of the activation, `(N,C,*)`
     layout:str='contiguous', # Of `layouts`
     precision:str='float32', # Of `precisions`
     names=None, # Of `contenders`; default: all. BatchNorm is always there
-    rounds:int=20, # Samples of each
+    rounds:int=30, # Samples of each
     sample_ms:float=2., # Least length of a sample
     device:str='cpu', # 'cpu' or 'cuda'
     bandwidth:float=None, # Of `copy_bandwidth`, for the share of the roofline
@@ -323,12 +323,12 @@ def _train_step(model, shape, layout, device):
         opt.step(); opt.zero_grad()
     return step
 
-# %% ../../nbs/09_bench.speed.ipynb #85c7a68f
+# %% ../../nbs/09_bench.speed.ipynb #968ca1be
 def bench_model(
     name:str, # Of `models`
     layout:str='contiguous', # Of `layouts`
     names=None, # Of `model_contenders`; default: all. BatchNorm is always there
-    rounds:int=15, # Samples of each
+    rounds:int=20, # Samples of each
     device:str='cpu', # 'cpu' or 'cuda'
     compiled:bool=False, # Whole models through `torch.compile` too? Takes a minute or more each
     sample_ms:float=2., # Least length of a sample
