@@ -78,7 +78,7 @@ def test_positional_arguments_are_batch_norms():
     assert (rbn.eps, rbn.momentum, rbn.affine, rbn.running_mean.is_meta, rbn.window_mean.is_meta, rbn.window_mean.dtype) == (1e-3,.2,False,True,True,torch.float64)
 
 def test_repr_tells_every_setting():
-    settings = dict(momentum=window(30), credit=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True)
+    settings = dict(momentum=window(30), credit=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True, backend='plain')
     assert settings.keys() == runbn_settings().keys()
     text = repr(RunningBatchNorm2d(3, **settings))
     for part in ('momentum=window(samples=30)','credit=0.25','eval_window=77','clamp=0.3 to 0.2 in 2 samples','clamp_inclusive=True','persistent_window=True'): assert part in text
