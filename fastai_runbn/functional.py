@@ -265,8 +265,8 @@ def _run_compiled(f, x, *args):
     key = f,x.dtype,x.ndim,_layout(x),x.shape[0]==1
     if key in _compiled: return _compiled[key](x, *args)
     if _cannot_compile or torch._dynamo.config.disable: return None
-    g = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
     try:
+        g = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
         with torch.fx.experimental._config.patch(use_duck_shape=False): res = g(x, *args) # a height is not a width because they are equal once
     except Exception as e:
         _cannot_compile.append(e)

@@ -1,5 +1,7 @@
 "The layer with lesson 10's settings, step by step beside the reference: outputs, gradients and state, float64"
+import shutil
 import numpy as np,pytest,torch
+from fastai_runbn import functional
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,LESSON10
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 
@@ -10,11 +12,21 @@ def close(a, b, what):
     err = ((a-b).abs()/b.abs().clamp(min=1)).max().item()
     assert err < 1e-10, f'{what}: off by {err:.1e}'
 
-@pytest.mark.parametrize('affine', [True,False], ids=['affine','plain'])
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
+paths = ['plain','aten','aten, as large maps',pytest.param('compiled', marks=needs_compiler)]
+
+@pytest.fixture(params=paths)
+def path(request, monkeypatch):
+    "The backend to ask for; `aten` has another way for large maps, taken here for small ones"
+    if request.param.endswith('large maps'): monkeypatch.setattr(functional, '_small', 0)
+    return request.param.split(',')[0]
+
+@pytest.mark.parametrize('affine,layout', [(True,'contiguous'),(True,'channels_last'),(False,'contiguous')])
 @pytest.mark.parametrize('case', cases)
-def test_300_steps(case, affine):
+def test_300_steps(case, affine, layout, path):
     cls,space = cases[case]
-    ours = cls(C, affine=affine, dtype=torch.float64, **LESSON10)
+    if layout=='channels_last' and len(space)<2: return
+    ours = cls(C, affine=affine, dtype=torch.float64, backend=path, **LESSON10)
     ref = ReferenceRunningBatchNorm(C, affine=affine).double()
     if affine:
         with torch.no_grad():
@@ -23,6 +35,7 @@ def test_300_steps(case, affine):
     for step,bs in enumerate(np.random.default_rng(0).integers(1, 33, 300).tolist()):
         shape = (1,C)+(1,)*len(space)
         x = torch.randn(bs,C,*space).double()*scale.view(shape) + shift.view(shape)
+        if layout=='channels_last': x = x.to(memory_format=torch.channels_last if len(space)==2 else torch.channels_last_3d)
         xo,xr,dy = x.clone().requires_grad_(),x.clone().requires_grad_(),torch.randn_like(x)
         yo,yr = ours(xo),ref(xr)
         for p in (*ours.parameters(),*ref.parameters()): p.grad = None
@@ -33,12 +46,13 @@ def test_300_steps(case, affine):
         S,Q,n = [b.detach() for b in (ref.sums,ref.sqrs,ref.count)]
         close(ours.window_mean, S/n, f'mean, {at}'); close(ours.window_var, Q/n-(S/n)**2, f'variance, {at}'); close(ours.window_count, n.expand(C), f'count, {at}')
         assert ours.samples_seen.item() == ref.batch.item() and ours.num_batches_tracked.item() == ref.step.item()
+    assert ours.path==path
     x = torch.randn(3,C,*space).double()
     close(ours.eval()(x), ref.eval()(x), 'output in evaluation')
 
-def test_float32_agrees_to_float32():
+def test_float32_agrees_to_float32(path):
     "The same in float32, where the reference can do it: means of the order of the standard deviation"
-    ours,ref = RunningBatchNorm2d(C, **LESSON10),ReferenceRunningBatchNorm(C)
+    ours,ref = RunningBatchNorm2d(C, backend=path, **LESSON10),ReferenceRunningBatchNorm(C)
     for _ in range(100):
         x = torch.randn(2,C,4,4)
         torch.testing.assert_close(ours(x), ref(x), atol=1e-4, rtol=1e-4)
