@@ -106,6 +106,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastai_runbn.bench.speed.group_of': ('bench.speed.html#group_of', 'fastai_runbn/bench/speed.py'),
                                           'fastai_runbn.bench.speed.interleave': ( 'bench.speed.html#interleave',
                                                                                    'fastai_runbn/bench/speed.py'),
+                                          'fastai_runbn.bench.speed.keep_memory': ( 'bench.speed.html#keep_memory',
+                                                                                    'fastai_runbn/bench/speed.py'),
                                           'fastai_runbn.bench.speed.layer_cases': ( 'bench.speed.html#layer_cases',
                                                                                     'fastai_runbn/bench/speed.py'),
                                           'fastai_runbn.bench.speed.load_speed': ( 'bench.speed.html#load_speed',

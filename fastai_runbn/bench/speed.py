@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['contenders', 'shapes', 'layouts', 'precisions', 'targets', 'no_shape_above', 'least_speedup', 'most_memory', 'models',
-           'model_contenders', 'compiled_models', 'quick_shapes', 'colors', 'group_of', 'interleave', 'spread',
-           'count_ops', 'peak_memory', 'copy_bandwidth', 'floor_bytes', 'bench_layer', 'layer_cases', 'bench_layers',
-           'SmallUNet', 'bench_model', 'model_cases', 'bench_models', 'speed_cases', 'bench_speed', 'machine',
-           'save_speed', 'load_speed', 'geomean', 'summarize', 'ratio_table', 'plot_speed']
+           'model_contenders', 'compiled_models', 'quick_shapes', 'colors', 'group_of', 'interleave', 'keep_memory',
+           'spread', 'count_ops', 'peak_memory', 'copy_bandwidth', 'floor_bytes', 'bench_layer', 'layer_cases',
+           'bench_layers', 'SmallUNet', 'bench_model', 'model_cases', 'bench_models', 'speed_cases', 'bench_speed',
+           'machine', 'save_speed', 'load_speed', 'geomean', 'summarize', 'ratio_table', 'plot_speed']
 
 # %% ../../nbs/09_bench.speed.ipynb #4658c11e
-import gc,itertools,json,math,os,platform,random,re,time,warnings
+import ctypes,gc,itertools,json,math,os,platform,random,re,time,warnings
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,13 @@ def interleave(
     finally:
         if collects: gc.enable()
     return pd.DataFrame(times, columns=list(fs))
+
+# %% ../../nbs/09_bench.speed.ipynb #06c07a1d
+def keep_memory()->bool: # Was it possible?
+    "Have the C library (glibc) keep freed memory for the rest of the process"
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError,AttributeError): return False
+    return all([mallopt(option, 2**30) for option in (-3,-1)])          # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
 
 # %% ../../nbs/09_bench.speed.ipynb #cdeb128e
 def spread(
@@ -392,6 +399,7 @@ def bench_speed(
     report=None, # Called with the rows of each case when they are there
 )->pd.DataFrame: # Of `columns`
     "Time layers and models, from small to large"
+    if device=='cpu': keep_memory()
     def chosen(all): return [n for n in all if re.search(names, n) and not (quick and not names and n=='ours compiled')]
     layers,nets = speed_cases(quick, only)
     few = dict(device=device, report=report, **(dict(rounds=7) if quick else {}))
