@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'fastai_runbn.functional._shares': ('functional.html#_shares', 'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional._shifted_moments': ( 'functional.html#_shifted_moments',
                                                                                        'fastai_runbn/functional.py'),
+                                         'fastai_runbn.functional._sum': ('functional.html#_sum', 'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional.above': ('functional.html#above', 'fastai_runbn/functional.py'),
                                          'fastai_runbn.functional.choose_path': ( 'functional.html#choose_path',
                                                                                   'fastai_runbn/functional.py'),

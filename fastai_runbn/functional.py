@@ -119,6 +119,11 @@ def count_batch(
 # %% ../nbs/02_functional.ipynb #60814e80
 def _per_channel(t, x): return t.view(1, -1, *[1]*(x.ndim-2))
 
+def _sum(t):
+    "Sum over all but the channels; row by row for a compiler, which takes twice as long to sum more than 4096 numbers (it minds the rounding)"
+    if torch.compiler.is_compiling() and t.ndim>3: t = t.sum(-1)
+    return t.sum([d for d in range(t.ndim) if d!=1])
+
 class plain:
     "The formulas as they stand: for every device and dtype, and for a compiler to see"
     name = 'plain'
@@ -134,9 +139,9 @@ class plain:
 
     @staticmethod
     def grads(dy, x, mean, var, eps, weight, credited, need_dx):
-        dims,rstd,dy = [d for d in range(x.ndim) if d!=1],(var+eps).rsqrt(),dy.to(mean.dtype)
+        rstd,dy = (var+eps).rsqrt(),dy.to(mean.dtype)
         xhat = (x-_per_channel(mean,x)) * _per_channel(rstd,x)
-        dbias,dweight = dy.sum(dims),(dy*xhat).sum(dims)
+        dbias,dweight = _sum(dy),_sum(dy*xhat)
         G1,G2 = credited(dbias, dweight)
         if not need_dx: return None,dweight,dbias
         scale = rstd if weight is None else rstd*weight
@@ -229,11 +234,11 @@ class on_cuda:
 # %% ../nbs/02_functional.ipynb #58aea86d
 def _shifted_moments(x):
     "As `batch_moments`, read once: about each channel's first value, which is as near to the mean as any"
-    dims,x = [d for d in range(x.ndim) if d!=1],x.to(torch.promote_types(x.dtype, torch.float32))
-    first,M = x.flatten(2)[0,:,0] if x.ndim>2 else x[0],x.numel()//x.shape[1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    first,M = x[(0,slice(None),*[0]*(x.ndim-2))],x.numel()//x.shape[1]
     d = x-_per_channel(first, x)
-    m = d.sum(dims)/M
-    return first+m,((d*d).sum(dims)/M - m*m).clamp(min=0.)
+    m = _sum(d)/M
+    return first+m,(_sum(d*d)/M - m*m).clamp(min=0.)
 
 def _forward(x, weight, bias, a, a_e, eps, state, inclusive, clamped):
     "A whole forward, to be compiled: $y$, what it was normalised with, and the moments"
@@ -262,18 +267,17 @@ def _full(value, dtype, device):
 
 def _run_compiled(f, x, *args):
     "`f(x, *args)` compiled, once for each kind of `x`, its sizes left open; `None` if that cannot be done here, with one warning"
+    if _cannot_compile: return None
     key = f,x.dtype,x.ndim,_layout(x),x.shape[0]==1
-    if key in _compiled: return _compiled[key](x, *args)
-    if _cannot_compile or torch._dynamo.config.disable: return None
+    args = [o.detach() if torch.is_tensor(o) and o.requires_grad else o for o in (x,*args)] # the sizes of a parameter are taken for constants
     try:
-        g = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
-        with torch.fx.experimental._config.patch(use_duck_shape=False): res = g(x, *args) # a height is not a width because they are equal once
-    except Exception as e:
+        if key in _compiled: return _compiled[key](*args)
+        if torch._dynamo.config.disable: raise RuntimeError('TORCHDYNAMO_DISABLE is set')
+        _compiled[key] = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
+        with torch.fx.experimental._config.patch(use_duck_shape=False): return _compiled[key](*args) # a height is not a width because they are equal once
+    except Exception as e: # of the compiler, that is, before anything was computed
         _cannot_compile.append(e)
         warnings.warn(f"backend='compiled': torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); going on with backend='auto'.")
-        return None
-    _compiled[key] = g
-    return res
 
 class compiled:
     "Forward and backward compiled by Inductor"

@@ -212,8 +212,7 @@ def _statistics(self:RunningBatchNormMixin, x, path):
     a_e = None if self.eval_window is None else min(1, bs/self.eval_window)
     clamped,m,v,y,got = self._clamped(path),None,None,None,None
     if path is compiled:
-        w,b = [o if o is None else o.detach() for o in (self.weight,self.bias)]
-        got = _run_compiled(_forward, x, w, b, _number(a, state.mean), _number(a_e, state.mean), self.eps, state, self.clamp_inclusive, clamped)
+        got = _run_compiled(_forward, x, self.weight, self.bias, _number(a, state.mean), _number(a_e, state.mean), self.eps, state, self.clamp_inclusive, clamped)
         if got is None: path = choose_path(x, state.mean)
         else: y,stats,(m,v) = got
     if got is None:
