@@ -16,16 +16,18 @@ from torch.autograd import Function
 from .moments import batch_moments,window_share,average_share,merge_moments,head_start
 
 # %% ../nbs/02_functional.ipynb #9677fef3
-def _credited(dbias, dweight, M, rho, free, running, credit, first=None):
+def _credited(dbias, dweight, M, rho, free, running, credit, first=None, look=False):
     "$G$ `(2,C)` from the sums of $dy$ and of $dy\\cdot\\hat x$, whose means $g$ are merged into the running gradient, where they are finite; and what a second backward needs"
     g = torch.stack((dbias, dweight if free is None else dweight*free))/M
     own = rho*g
     if running is None or not torch.is_tensor(credit) and credit==0: return own,None
     if first is not None: return own+first[0]-first[1],first # a second backward owes what the first did
-    new = torch.lerp(running, g, rho)
+    if look and math.isfinite(g.sum().item()): new = running.lerp_(g, rho)
+    else:
+        new = torch.lerp(running, g, rho)
+        running.copy_(torch.where(g.abs()<math.inf, new, running))
     G = torch.lerp(own, new, credit)
     if free is not None: G = torch.stack((G[0], G[1]*free))
-    running.copy_(torch.where(g.abs()<math.inf, new, running))
     return G,(G,own)
 
 # %% ../nbs/02_functional.ipynb #953a6979
@@ -60,6 +62,7 @@ def merge_batch(
     means:tuple, # Means of the window and the average, `(C,)`, updated in place, as the next two
     vars:tuple, # Their biased variances
     counts:tuple, # The window's count $n$, and $t+k$ of the average (of `average_share`)
+    look:bool=False, # May values be looked at, to do less where all are finite? On a GPU it would have to wait
 )->tuple: # The window's new mean and variance, the batch's share $\rho$ in it, and where it was merged, `(C,)` each; `None`: everywhere
     "Merge a batch into a window and an average, both at once; a channel that is not finite, or would become so, stays out, with $\rho=0$"
     m,v = _as_stats(means[0], m, v)
@@ -67,6 +70,10 @@ def merge_batch(
     mean,var,count = old.unbind()
     count,share = _shares(count, M, a, a_e)
     mean,var = merge_moments(mean, var, m, v, share)
+    if look and math.isfinite(var.sum().item()):
+        new = *mean.unbind(),*var.unbind(),*count.unbind()
+        torch._foreach_copy_((*means,*vars,*counts), new)
+        return mean[0],var[0],share[0],None
     ok = var<math.inf
     new = torch.where(ok, torch.stack((mean,var,count)), old).view(3*len(means), -1).unbind()
     torch._foreach_copy_((*means,*vars,*counts), new)
@@ -103,15 +110,16 @@ def count_batch(
     state:State, # Updated in place
     inclusive:bool=False, # Look the floor up with this batch's samples counted in?
     clamped:bool=True, # Look the floor up?
+    look:bool=False, # May values be looked at?
 )->tuple: # Mean, variance, share and 1 where above the floor, `(C,)` each: what to normalise with
     "Merge a batch into all of a layer's state"
     s = state
     if a is None: a = 1/(s.steps+(1-head_start))
     if a_e is None:
-        mean,var,rho,ok = merge_batch(m, v, M, a, None, (s.mean,), (s.var,), (s.count,))
-        s.steps.add_(ok); s.avg_mean.copy_(mean); s.avg_var.copy_(var)
-    else: mean,var,rho,ok = merge_batch(m, v, M, a, a_e, (s.mean,s.avg_mean), (s.var,s.avg_var), (s.count,s.steps))
-    s.skipped.add_(ok.all().logical_not_())
+        mean,var,rho,ok = merge_batch(m, v, M, a, None, (s.mean,), (s.var,), (s.count,), look)
+        s.steps.add_(1 if ok is None else ok); s.avg_mean.copy_(mean); s.avg_var.copy_(var)
+    else: mean,var,rho,ok = merge_batch(m, v, M, a, a_e, (s.mean,s.avg_mean), (s.var,s.avg_var), (s.count,s.steps), look)
+    if ok is not None: s.skipped.add_(ok.all().logical_not_())
     floor = s.floors.index_select(0, (s.seen+bs if inclusive else s.seen).clamp(max=len(s.floors)-1)) if clamped else None
     torch._foreach_add_((s.batches,s.seen), (1,bs))
     return above(mean, var, rho, floor)
@@ -329,7 +337,7 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
             return grads(*got)
         path = choose_path(x, mean)
     def credited(dbias, dweight):
-        G,ctx.first = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free if ctx.clamped else None, ctx.window_grad, ctx.credit, ctx.first)
+        G,ctx.first = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free if ctx.clamped else None, ctx.window_grad, ctx.credit, ctx.first, look=path is on_cpu)
         return G
     return grads(*path.grads(dy, x, mean, var, ctx.eps, w, credited, need_dx))
 

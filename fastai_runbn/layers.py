@@ -217,7 +217,7 @@ def _statistics(self:RunningBatchNormMixin, x, path):
         else: y,stats,(m,v) = got
     if got is None:
         m,v,y = path.moments(x)
-        stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.clamp_inclusive, clamped))
+        stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.clamp_inclusive, clamped, path is on_cpu))
     if eager:
         self._recent.appendleft(((m,v),stats))
         if self.path!=path.name: self.path = path.name

@@ -511,7 +511,7 @@ def plot_speed(
         ax.set_xlim(-.5, len(cases)-.5)
         ax.set_yscale('log', base=2)
         ax.yaxis.set_major_formatter('{x:g}×')
-        ax.set_xticks(range(len(cases)), cases, fontsize=8)
+        ax.set_xticks(range(len(cases)), [c.replace(' ','\n') for c in cases], fontsize=8)
         ax.grid(axis='y', lw=.4); ax.set_axisbelow(True)
         ax.set(ylabel="time / BatchNorm's", title=f'{layout}, {precision}')
     fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(names))
