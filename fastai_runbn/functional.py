@@ -283,7 +283,8 @@ def _run_compiled(f, x, *args):
         if torch._dynamo.config.disable: raise RuntimeError('TORCHDYNAMO_DISABLE is set')
         _compiled[key] = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
         with torch.fx.experimental._config.patch(use_duck_shape=False): return _compiled[key](*args) # a height is not a width because they are equal once
-    except Exception as e: # of the compiler, that is, before anything was computed
+    except Exception as e: # of the compiler, that is, before anything was computed; but for a lack of memory
+        if isinstance(e, torch.cuda.OutOfMemoryError): raise
         _cannot_compile.append(e)
         warnings.warn(f"backend='compiled': torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); going on with backend='auto'.")
 

@@ -1,6 +1,5 @@
 "The ways to compute a running norm: which is taken, that all agree, what they cost in operators and memory; CUDA's kernels stood in for on the CPU"
-import shutil,warnings
-from copy import deepcopy
+import shutil
 import pytest,torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
