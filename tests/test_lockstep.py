@@ -21,11 +21,9 @@ def path(request, monkeypatch):
     if request.param.endswith('large maps'): monkeypatch.setattr(functional, '_small', 0)
     return request.param.split(',')[0]
 
-@pytest.mark.parametrize('affine,layout', [(True,'contiguous'),(True,'channels_last'),(False,'contiguous')])
-@pytest.mark.parametrize('case', cases)
+@pytest.mark.parametrize('case,affine,layout', [(c,a,l) for c in cases for a,l in ((True,'contiguous'),(True,'channels_last'),(False,'contiguous')) if l=='contiguous' or c in ('2d','3d')])
 def test_300_steps(case, affine, layout, path):
     cls,space = cases[case]
-    if layout=='channels_last' and len(space)<2: return
     ours = cls(C, affine=affine, dtype=torch.float64, backend=path, **LESSON10)
     ref = ReferenceRunningBatchNorm(C, affine=affine).double()
     if affine:

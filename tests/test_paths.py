@@ -4,9 +4,10 @@ import pytest,torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.torch_core import TensorImage
-from fastai_runbn import functional
+from fastai_runbn import functional,layers
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 from fastai_runbn.surgery import to_runbn
+from test_no_sync import NoCalls,NoReads
 
 needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
 formats = {'contiguous':torch.contiguous_format, 'channels_last':torch.channels_last}
@@ -30,7 +31,8 @@ def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
 @pytest.fixture
 def cuda_kernels(monkeypatch):
     for name,f in (('batch_norm_elemt',elemt), ('batch_norm_backward_reduce',backward_reduce), ('batch_norm_backward_elemt',backward_elemt)): monkeypatch.setattr(torch, name, f)
-    monkeypatch.setattr(functional, 'on_cpu', functional.on_cuda)
+    def choose(x, like, backend='auto'): return functional.plain if backend=='plain' else functional.on_cuda
+    for module in (functional,layers): monkeypatch.setattr(module, 'choose_path', choose)
 
 def steps(layers, n=30, C=5, space=(6,4), dtype=torch.float64, fmt=torch.contiguous_format):
     "Some steps of the same batches; all results and buffers, a list a layer"
@@ -56,7 +58,15 @@ all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=
 def test_the_kernels_of_cuda_stood_in_for(settings, fmt, cuda_kernels):
     plain,cuda = [RunningBatchNorm2d(5, dtype=torch.float64, backend=b, **settings) for b in ('plain','aten')]
     same(*steps([plain,cuda], fmt=formats[fmt]))
-    assert (plain.path,cuda.path) == ('plain','aten') and functional.choose_path(torch.zeros(2,5,3,3), torch.zeros(5)) is functional.on_cuda
+    assert (plain.path,cuda.path) == ('plain','aten')
+
+@all_settings
+def test_nothing_is_read_with_the_kernels_of_cuda(settings, cuda_kernels):
+    "The stand-ins are all that is not CUDA's own"
+    layer = RunningBatchNorm2d(3, **settings)
+    for bs in (1,2,5):
+        x,dy = torch.randn(bs,3,4,4, requires_grad=True),torch.randn(bs,3,4,4)
+        with NoCalls(),NoReads(): layer(x).backward(dy)
 
 def test_the_kernels_of_cuda_in_half_precision(cuda_kernels):
     half,exact = RunningBatchNorm2d(5),RunningBatchNorm2d(5).double()
