@@ -276,14 +276,15 @@ def _run_compiled(f, x, *args):
     "`f(x, *args)` compiled, once for each kind of `x`, its sizes left open; `None` if that cannot be done here, with one warning"
     if _cannot_compile: return None
     key = f,x.dtype,x.ndim,_layout(x),x.shape[0]==1
+    known = key in _compiled
     args = [o.detach() if torch.is_tensor(o) and o.requires_grad else o for o in (x,*args)] # the sizes of a parameter are taken for constants
     try:
-        if key in _compiled: return _compiled[key](*args)
+        if known: return _compiled[key](*args)
         if torch._dynamo.config.disable: raise RuntimeError('TORCHDYNAMO_DISABLE is set')
         _compiled[key] = torch.compile(FunctionType(f.__code__.replace(), f.__globals__), dynamic=True, fullgraph=True)
         with torch.fx.experimental._config.patch(use_duck_shape=False): return _compiled[key](*args) # a height is not a width because they are equal once
-    except Exception as e: # of the compiler, that is, before anything was computed; but for a lack of memory
-        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+    except Exception as e: # of the compiler, that is, before anything was computed; or it is the caller's
+        if isinstance(e, torch.cuda.OutOfMemoryError) or known and not isinstance(e, torch._dynamo.exc.TorchDynamoException): raise
         _cannot_compile.append(e)
         warnings.warn(f"backend='compiled': torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); going on with backend='auto'.")
 

@@ -112,6 +112,21 @@ def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch):
     same(a, b)
     assert len(w)==1 and compiled.path=='aten'
 
+def test_an_error_that_is_not_the_compilers_is_handed_on(monkeypatch):
+    def broken_later(f, **k):
+        calls = iter(range(9))
+        def run(*args):
+            if next(calls): raise ValueError('not of the compiler')
+            return f(*args)
+        return run
+    monkeypatch.setattr(torch, 'compile', broken_later)
+    monkeypatch.setattr(functional, '_cannot_compile', [])
+    monkeypatch.setattr(functional, '_compiled', {})
+    layer,x = RunningBatchNorm2d(3, backend='compiled'),torch.randn(2,3,4,4)
+    layer(x)
+    with pytest.raises(ValueError, match='not of the compiler'): layer(x)
+    assert not functional._cannot_compile and layer.path=='compiled'
+
 @pytest.mark.parametrize('what,path', [('float32','aten'),('float64','plain'),('half','aten'),('tensor subclass','aten'),('strided','aten')])
 def test_which_way_is_taken(what, path):
     "`plain` is for what the parts do not know: statistics narrower than the activations, for one"
