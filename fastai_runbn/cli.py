@@ -192,35 +192,19 @@ def _pattern(option, pattern, choices):
     return pattern
 
 # %% ../nbs/10_cli.ipynb #3dc8eb78
-subjects = 'speed',
-
-def bench(
-    subject:str, # What to measure: speed
-    quick:bool=False, # Three shapes and a model, few rounds, nothing compiled unless --contenders names it
-    json:Path=None, # File to write all figures to, .json
-    out:Path=None, # Picture to write, .png
-    only:str='', # Regular expression for cases, as "2x64x56x56 channels_last" or "resnet18"
-    contenders:str='', # Regular expression for contenders, as "^ours" or "Group|MABN"; BatchNorm is always there
-    compile:bool=False, # Whole models through torch.compile too, a minute or more each
-    device:str='', # cpu or cuda; default: cuda where there is one
-):
-    "Measure the layers here, and print ratios to BatchNorm in the same run"
-    if subject not in subjects: raise CliError(f"{subject}: one of {', '.join(subjects)} was expected")
-    json,out = (p and _writable(o, p, s) for o,p,s in (('--json',json,'.json'), ('--out',out,'.png')))
+def _bench_speed(quick, json, out, only, contenders, compile, device):
     for name,level in (('KINETO_LOG_LEVEL','99'), ('TORCH_CPP_LOG_LEVEL','ERROR')): os.environ.setdefault(name, level) # the profiler's remarks on machines without a GPU
     import torch
     from fastai_runbn.bench import speed
-    from rich.console import Console
-    from rich.progress import Progress
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device not in ('cpu','cuda'): raise CliError(f"--device {device}: cpu or cuda was expected")
     if device=='cuda' and not torch.cuda.is_available(): raise CliError("--device cuda: there is no CUDA here; take --device cpu")
     _pattern('--contenders', contenders, [*speed.contenders])
     try: cases = [c for part in speed.speed_cases(quick, only) for c in part]
     except re.error as e: raise CliError(f"--only {only}: not a regular expression ({e})")
-    if not cases: raise CliError(f"--only {only}: matches no case; they are named as '2x64x56x56 contiguous float32' and 'resnet18 128px channels_last'")
-    console = Console(highlight=False)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    if not cases: raise CliError(f"--only {only}: matches no case; they are named as '2x64x16x16 contiguous float32' and 'resnet18 128px channels_last'")
+    console,progress = _console()
+    with progress as bar:
         task = bar.add_task('cases', total=len(cases))
         def report(df): console.print(_case_line(df), soft_wrap=True); bar.advance(task)
         df = speed.bench_speed(quick, only, contenders, compile, device, report)
@@ -230,6 +214,72 @@ def bench(
     console.print(f"Forward and backward, float32, geometric means; {m['gpu'] or m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['date']}", soft_wrap=True)
     if json: speed.save_speed(df, json, device); console.print(f"Figures: {json}")
     if out: speed.plot_speed(df, out, title=f"Forward and backward relative to BatchNorm, {m['gpu'] or m['cpu']}"); console.print(f"Picture: {out}")
+
+def _console():
+    "Where to print, and a progress bar, which only a terminal shows"
+    from rich.console import Console
+    from rich.progress import BarColumn,MofNCompleteColumn,Progress,TextColumn,TimeElapsedColumn,TimeRemainingColumn
+    console = Console(highlight=False)
+    columns = TextColumn('{task.description}'),BarColumn(),MofNCompleteColumn(),TimeElapsedColumn(),TimeRemainingColumn()
+    return console,Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+# %% ../nbs/10_cli.ipynb #a519ba0c
+def _trial_line(row):
+    "One line on a trial"
+    result = row['note'] if row['score'] is None else f"{row['score']:.3f}"+(f" ({row['note']})" if row['note'] else '')
+    return f"{row['regime']}, {row['norm']}, batch size {row['bs']}, rate {row['lr']:g}, seed {row['seed']}: {result}"
+
+def _score_rows(table):
+    "A rich table of `score_table`"
+    from rich.table import Table
+    shown = Table(table.index.name, *table.columns, title='mean ± standard deviation over seeds, at the best rate')
+    for name,cells in table.iterrows(): shown.add_row(name, *cells)
+    return shown
+
+def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
+    from tempfile import TemporaryDirectory
+    from fastai_runbn.bench import quality
+    _pattern('--contenders', contenders, [*quality.contenders])
+    _pattern('--only', only, [*quality.regimes])
+    if data and not data.exists(): raise CliError(f"--data {data}: there is no such folder or tar")
+    for o,v in (('--seeds',seeds), ('--jobs',jobs)):
+        if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
+    names = ['R1 digits'] if quick else [n for n,r in quality.regimes.items() if re.search(only, n) and (data or not r.needs_data)]
+    if not names: raise CliError(f"--only {only}: takes photographs; give a folder or tar of them with --data")
+    console,progress = _console()
+    kw = dict(seeds=1, norms=contenders or '^[^,+]+$') if quick else dict(seeds=seeds, norms=contenders)
+    with progress as bar,TemporaryDirectory() as d:
+        task = bar.add_task('trials', total=None)
+        def report(row, left): console.print(_trial_line(row), soft_wrap=True); bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
+        df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
+    for name in names: console.print(quality.regimes[name].what, _score_rows(quality.score_table(df, name)), sep='\n')
+    if json: console.print(f"Trials: {json}")
+    if out: quality.plot_sizes(df, names[0], out); console.print(f"Picture: {out}")
+
+# %% ../nbs/10_cli.ipynb #a840cb5f
+subjects = 'speed','quality'
+
+def bench(
+    subject:str, # What to measure: speed, or quality, of training
+    quick:bool=False, # A few cases or trials: less than a minute for speed, five for quality
+    json:Path=None, # File to write all figures to: .json for speed, .jsonl for quality, which goes on with one that is there
+    out:Path=None, # Picture to write, .png
+    only:str='', # Regular expression for cases or regimes, as "2x64x56x56 channels_last", "resnet18" or "R2"
+    contenders:str='', # Regular expression for contenders, as "^ours" or "Group|MABN"; for speed BatchNorm is always there
+    compile:bool=False, # speed: whole models through torch.compile too, a minute or more each
+    device:str='', # speed: cpu or cuda; default: cuda where there is one
+    data:Path=None, # quality: folder or tar of photographs in train/CLASS/ and valid/CLASS/, for some regimes
+    seeds:int=3, # quality: for each setting
+    jobs:int=2, # quality: trials at a time, a thread each
+):
+    "Measure the layers here, beside BatchNorm and others: how fast they are, or how well they train"
+    if subject not in subjects: raise CliError(f"{subject}: one of {', '.join(subjects)} was expected")
+    for o,wrong in (('--compile',compile and subject!='speed'), ('--device',device and subject!='speed'), ('--data',data and subject!='quality')):
+        if wrong: raise CliError(f"{o}: not an option of {subject}")
+    json = json and _writable('--json', json, '.json' if subject=='speed' else '.jsonl')
+    out = out and _writable('--out', out, '.png')
+    if subject=='speed': _bench_speed(quick, json, out, only, contenders, compile, device)
+    else: _bench_quality(quick, json, out, only, contenders, data, seeds, jobs)
 
 # %% ../nbs/10_cli.ipynb #c6408ed8
 class OneLineParser(ArgumentParser):

@@ -223,6 +223,20 @@ def test_use_norm_replaces_exactly_batch_norm():
     assert not net['d'].training
     with pytest.raises(ValueError, match='no norm to replace'): use_norm(net, MABN2d)
 
+def test_use_norm_hands_over_what_it_is_told_to():
+    def trained():
+        bn = randomize(nn.BatchNorm2d(4))
+        bn(torch.randn(3,4,2,2))
+        return bn
+    old = trained()
+    new = use_norm(old, lambda C: nn.GroupNorm(2, C))
+    assert torch.equal(new.weight, old.weight) and torch.equal(new.bias, old.bias) and new.weight is not old.weight
+    old = trained()
+    new = use_norm(old, BatchRenorm2d)
+    assert torch.equal(new.weight, old.weight) and torch.equal(new.running_mean, torch.zeros(4)) and new.num_batches_tracked==0
+    new = use_norm(old, BatchRenorm2d, keep=('weight','bias','running_mean','running_var'))
+    assert torch.equal(new.running_mean, old.running_mean) and torch.equal(new.running_var, old.running_var) and new.num_batches_tracked==0
+
 def test_use_norm_keeps_the_activation_of_timm():
     timm = pytest.importorskip('timm')
     net = use_norm(timm.create_model('efficientnet_b0', pretrained=False).eval(), lambda C: nn.GroupNorm(4, C))

@@ -166,11 +166,13 @@ def use_norm(
     model:nn.Module, # Changed in place
     make, # Makes a norm from a number of channels
     old=(nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d), # Classes to replace, exactly these
+    keep=('weight','bias'), # Of its state, what the norm takes over, where both have it
 )->nn.Module: # `model`, or the norm made of it
-    "Put `make(C)` in the place of each BatchNorm of `model`, on its device, with fresh parameters; timm's `BatchNormAct2d` keep their activation"
+    "Put `make(C)` in the place of each BatchNorm of `model`, on its device; timm's `BatchNormAct2d` keep their activation"
     made = {}
     def fresh(m):
         norm = make(m.num_features).to(next((t.device for t in (*m.parameters(),*m.buffers())), None))
+        norm.load_state_dict({k:v for k,v in m.state_dict().items() if k in keep and k in norm.state_dict()}, strict=False)
         return norm.train(m.training) if type(m) in old else nn.Sequential(norm, m.drop, m.act).train(m.training)
     def visit(m):
         if type(m) in old or type(m).__name__=='BatchNormAct2d':
