@@ -90,10 +90,11 @@ class Regime:
     train:object # `(learn, epochs, lr)`: trains
     epochs:int # Of that
     rates:tuple # Learning rates to try
-    sizes:tuple # Batch sizes; on the first all rates have all seeds, on others the best one has
+    sizes:tuple # Batch sizes to try
     norms:tuple # Names of contenders
     metric:object=accuracy # What is to be high
     accumulate:int=0 # Samples before a step of the optimizer; 0: no accumulation
+    every_rate:bool=False # On the first batch size, do all rates have all seeds? Else, and on the others, the best of the first seed has
     needs_data:bool=False # Does it need the photographs?
 
 # %% ../../nbs/09_bench.quality.ipynb #7e0121c0
@@ -123,7 +124,7 @@ _batch_norms = 'BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed'
 _all = (*_batch_norms,*_peers,'lesson 10','ours')
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what=''):
-    return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms)
+    return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, every_rate=True)
 
 def _resnet(opt, rates, sizes, accumulate=0, norms=_all, what=''):
     return Regime(f'A small ResNet on photographs, {what}', lambda bs, data: photos_dls(data, bs, part=3750), lambda data: small_resnet(), opt, _one_cycle, 4, rates, sizes, norms,
@@ -134,9 +135,9 @@ regimes = {
     'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle'),
     'R1 constant':_lesson(mnist_dls, _constant, what='4,000 MNIST digits, SGD, constant rate'),
     'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32), what="scikit-learn's digits, SGD, one cycle"),
-    'R2':_resnet(_adam, (3e-4,1e-3,3e-3), (2,32,1,8,4), what='Adam, one cycle'),
+    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), what='Adam, one cycle'),
     'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
-    'R3':_resnet(_adam, (1e-3,3e-3,1e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
+    'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five', lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375),
                 _new_head, _adam, _fine_tune, 8, (3e-4,1e-3,3e-3), (2,32), (*_batch_norms,'BatchNorm, frozen','GroupNorm','BatchRenorm','lesson 10','ours'), needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(), _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16),
@@ -225,7 +226,7 @@ def due(
         r = regimes[name]
         for bs,seed,norm in itertools.product(sizes or r.sizes, range(seeds), [n for n in r.norms if re.search(norms, n)]):
             rates = r.rates
-            if seed and bs!=r.sizes[0]:
+            if seed and not (r.every_rate and bs==r.sizes[0]):
                 first = _at(done, name, norm, bs).query('seed==0')
                 rates = [best_rate(first)] if len(first)==len(r.rates) else []
             todo += [t for lr in rates if tuple((t := dict(zip(_key, (name,norm,bs,lr,seed)))).values()) not in have]

@@ -1,0 +1,98 @@
+"The quality study: every contender in every regime, two processes, and a file that is gone on with"
+import json,subprocess,sys
+import numpy as np
+import pytest,torch
+from PIL import Image
+from torch import nn
+from fastai_runbn.bench import quality
+from fastai_runbn.bench.quality import bench_quality,best_rate,contenders,due,load_quality,make_learner,regimes,trial
+from fastai_runbn.layers import LESSON10,RunningBatchNormMixin
+import pandas as pd
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Ten classes of noise about a colour of their own, as a folder"
+    d,rng = tmp_path_factory.mktemp('photos'),np.random.RandomState(0)
+    for split,n in (('train',8),('valid',2)):
+        for cls in range(10):
+            (d/split/f'c{cls}').mkdir(parents=True)
+            for i in range(n): Image.fromarray((rng.rand(32,32,3)*120+12*cls).astype(np.uint8)).save(d/split/f'c{cls}'/f'{i}.png')
+    return d
+
+@pytest.mark.parametrize('norm', contenders)
+@pytest.mark.parametrize('regime', ['R2','R4'])
+def test_every_contender_trains(regime, norm, photos):
+    if norm not in regimes[regime].norms: pytest.skip(f'{norm} is not in {regime}')
+    row = trial(regime, norm, 2, regimes[regime].rates[0], 0, photos, 1)
+    assert row['note']=='' and 0<=row['score']<=1 and row['seconds']>0 and all(0<=o<=1 for o in row['curve'])
+    assert len(row['curve'])==(3 if regime=='R4' else 1)     # two epochs of the head before
+    json.dumps(row, allow_nan=False)
+
+def test_accumulation_steps_every_32_images(photos):
+    learn = make_learner('R3', 'ours', 2, 0, photos)
+    steps,old = [],learn.opt_func
+    with learn.no_bar(),learn.no_logging():
+        learn.create_opt()
+        step = learn.opt.step
+        learn.opt.step = lambda *a, **k: steps.append(1) or step(*a, **k)
+        learn.fit(1, 1e-3)
+    assert len(steps)==2                                     # of 80 images
+
+def test_dense_prediction():
+    row = trial('R5', 'GroupNorm', 16, 1e-3, 0, None, 1)
+    assert row['note']=='' and 0<row['score']<1
+
+def test_the_swap_of_a_trained_model_changes_nothing(photos):
+    "R4 begins with the same loss for BatchNorm and for ours"
+    losses = []
+    for norm in ('BatchNorm','ours','BatchNorm, frozen'):
+        learn = make_learner('R4', norm, 2, 0, photos)
+        with learn.no_bar(): losses.append(learn.validate()[0])
+    assert losses[0]==losses[1]==losses[2] and any(isinstance(m, nn.BatchNorm2d) for m in learn.model.modules())
+
+def test_the_same_start_for_all_norms():
+    weights = [make_learner('R1', n, 2, 1).model[0].weight for n in ('BatchNorm','GroupNorm','ours','MABN')]
+    assert all(torch.equal(w, weights[0]) for w in weights)
+    assert not torch.equal(make_learner('R1', 'ours', 2, 2).model[0].weight, weights[0])
+
+def test_norms_are_what_they_are_called(photos):
+    def kinds(norm):
+        learn = make_learner('R2', norm, 2, 0, photos)
+        with learn.no_bar(): learn.validate()
+        return learn, {type(m).__name__ for m in learn.model.modules()}
+    for norm,there in (('GroupNorm','GroupNorm'), ('GroupNorm + WS','StdConv2d'), ('BatchRenorm','BatchRenorm2d'), ('MABN','CenConv2d'), ('ours','RunningBatchNorm2d'), ('lesson 10','RunningBatchNorm2d')):
+        learn,names = kinds(norm)
+        assert there in names and ('BatchNorm2d' not in names)
+    assert {k:v for k,v in next(m for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin)).settings().items() if k in LESSON10}==LESSON10
+    assert 'CenConv2d' not in kinds('MABN, not centred')[1] and 'MABN2d' in kinds('MABN, not centred')[1]
+    assert {m.momentum for m in kinds('BatchNorm, momentum .01')[0].model.modules() if isinstance(m, nn.BatchNorm2d)}=={.01}
+
+def test_a_divergence_is_a_row(monkeypatch):
+    monkeypatch.setattr(quality, '_losses', lambda learn, bs: (float('nan'),1.))
+    row = trial('R1 digits', 'GroupNorm', 32, .1, 0, None, 1)
+    assert row['note']=='diverged' and row['gap'] is None
+    json.dumps(row, allow_nan=False)
+
+def test_two_processes_and_going_on(tmp_path):
+    script = tmp_path/'s.py'
+    script.write_text('import sys\nfrom fastai_runbn.bench.quality import bench_quality\n'
+                      'if __name__=="__main__": bench_quality(sys.argv[1], ["R1 digits"], seeds=2, norms="^GroupNorm$", sizes=(32,), epochs=1, jobs=2, report=lambda row, left: print(row["lr"], row["seed"], left))\n')
+    path = tmp_path/'x.jsonl'
+    def run(): return subprocess.run([sys.executable, script, path], capture_output=True, text=True, check=True).stdout.split('\n')[:-1]
+    first = run()
+    df = load_quality(path)
+    assert len(first)==len(df)==4 and sorted(df[df.seed==0].lr)==[.03,.1,.4]
+    assert df[df.seed==1].lr.tolist()==[best_rate(df[df.seed==0])]           # the best of the first seed
+    assert run()==[]
+    lines = path.read_text().splitlines()
+    path.write_text('\n'.join(lines[:-1])+'\n')
+    assert len(run())==1 and load_quality(path).drop(columns='seconds').equals(df.drop(columns='seconds'))
+
+def test_due_waits_for_the_first_seed():
+    names,norms = ['R1'],'^ours$'
+    all_first = due(load_quality('nowhere'), names, 3, norms)
+    bs = regimes['R1'].sizes
+    assert len(all_first)==9+3*(len(bs)-1)
+    assert len(due(load_quality('nowhere'), ['R2'], 3, norms))==3*len(regimes['R2'].sizes)
+    two = pd.DataFrame([dict(t, score=1.) for t in all_first if t['bs']==bs[1]][:2])
+    assert not [t for t in due(two, names, 3, norms) if t['bs']==bs[1] and t['seed']]
