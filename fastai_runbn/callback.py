@@ -26,12 +26,12 @@ class RunBNCallback(Callback):
         include:str|list=None, # Names or globs of the layers to convert; default: all
         exclude:str|list=None, # Names or globs of layers to leave
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
-        window:str=None, # 'accumulate': with `GradientAccumulation(n_acc)`, a window of `n_acc` samples in the place of `momentum`
+        window:str|None='accumulate', # With `GradientAccumulation(n_acc)`, a window of `2*n_acc` samples, if that is longer and no `momentum` is given; `None`: never
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
         if window not in (None,'accumulate'): raise ValueError(f"window={window!r}: 'accumulate' or None was expected; a window of so many samples is momentum=window(samples).")
-        if window and 'momentum' in kwargs: raise ValueError(f"window={window!r} sets momentum: give one of the two.")
+
         self.choice,self.settings,self.window = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,window
         self._looked,self._scale = False,1.
 
@@ -52,11 +52,11 @@ class RunBNCallback(Callback):
 # %% ../nbs/06_callback.ipynb #8d71084a
 @patch
 def before_train(self:RunBNCallback):
-    "With `window='accumulate'`: a window of as many samples as are accumulated in this fit"
-    if not self.window: return
+    "A window of twice as many samples as are accumulated in this fit, if that is longer than the layers' own"
+    if not self.window or 'momentum' in self.settings: return
     acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
-    if acc is None and self.epoch==0: warnings.warn("window='accumulate' does nothing in a fit without GradientAccumulation: the layers keep their momentum.")
-    momentum = runbn_settings(**self.settings)['momentum'] if acc is None else window_rule(acc.n_acc)
+    momentum = runbn_settings()['momentum']
+    if acc and 2*acc.n_acc>momentum.samples: momentum = window_rule(2*acc.n_acc)
     for r in self.report.running:
         m = self.learn.model.get_submodule(r.name)
         if not r.why and not hasattr(m, '_unscheduled') and m.momentum!=momentum: m.set_settings(momentum=momentum) # a schedule goes first

@@ -16,9 +16,15 @@ from torch.autograd import Function
 from .moments import batch_moments,window_share,average_share,merge_moments,head_start
 
 # %% ../nbs/02_functional.ipynb #9677fef3
-def _credited(dbias, dweight, M, rho, free, running, credit, first=None, look=False):
+@lru_cache(maxsize=256)
+def _ones(n, dtype, device):
+    with torch.inference_mode(False): return torch.ones(n, dtype=dtype, device=device)
+
+def _one(t): return torch.ones_like(t) if torch.compiler.is_compiling() else _ones(len(t), t.dtype, t.device)
+
+def _credited(dbias, dweight, M, rho, free, clamped, running, credit, first=None, look=False):
     "$G$ `(2,C)` from the sums of $dy$ and of $dy\\cdot\\hat x$, whose means $g$ are merged into the running gradient, where they are finite; and what a second backward needs"
-    g = torch.stack((dbias, dweight if free is None else dweight*free))/M
+    g = torch.stack((dbias, dweight*(free>0) if clamped else dweight))/M
     own = rho*g
     if running is None or not torch.is_tensor(credit) and credit==0: return own,None
     if first is not None: return own+first[0]-first[1],first # a second backward owes what the first did
@@ -26,14 +32,16 @@ def _credited(dbias, dweight, M, rho, free, running, credit, first=None, look=Fa
     else:
         new = torch.lerp(running, g, rho)
         running.copy_(torch.where(g.abs()<math.inf, new, running))
-    G = torch.lerp(own, new, credit)
-    if free is not None: G = torch.stack((G[0], G[1]*free))
+    held = torch.stack((_one(free), free))
+    G = torch.lerp(own, new, held if not torch.is_tensor(credit) and credit==1 else held*credit)
     return G,(G,own)
 
 # %% ../nbs/02_functional.ipynb #953a6979
 def _as_stats(like, *ts):
     "`ts` in the dtype of the statistics, as PyTorch's kernels want them"
     return [t if t is None or t.dtype==like.dtype else t.to(like.dtype) for t in ts]
+
+
 
 @lru_cache(maxsize=1024)
 def _columns(a, a_e, M, dtype, device):
@@ -81,10 +89,20 @@ def merge_batch(
     return new[0],new[len(means)],share[0]*ok,ok
 
 # %% ../nbs/02_functional.ipynb #1c61ef2d
-def _above(mean, var, rho, floor):
-    "Statistics to normalise with, the variance not below `floor`: mean, variance, share, 1 where above"
-    if floor is None: return mean,var,rho,torch.ones_like(var) if torch.compiler.is_compiling() else _ones(len(var), var.dtype, var.device)
-    return mean,torch.maximum(var, floor),rho,(var>=floor).to(var.dtype)
+_far = 4 # Mean square of the normalised values of a batch, from which on it is held to less
+
+def _held(m, v, mean, var, eps):
+    "How far a batch is held to what earlier ones owe: $\\min(1, 4/\\overline{\\hat x^2})$"
+    d = m-mean
+    return ((var+eps)/torch.addcmul(v, d, d)).mul_(_far).clamp_(max=1.)
+
+def _above(m, v, mean, var, rho, floor, eps, held):
+    "Statistics to normalise with, the variance not below `floor`: mean, variance, share, and 0 where at the floor, else `_held` or 1"
+    above = None if floor is None else (var>=floor).to(var.dtype)
+    if floor is not None: var = torch.maximum(var, floor)
+    if not held: return mean,var,rho,_one(var) if above is None else above
+    free = _held(*_as_stats(mean, m, v), mean, var, eps)
+    return mean,var,rho,free if above is None else free*above
 
 # %% ../nbs/02_functional.ipynb #f6226f51
 class State(NamedTuple):
@@ -108,10 +126,12 @@ def count_batch(
     a:float|Tensor|None, # Its weight in the window; `None`: 1/number of the batch
     a_e:float|None, # Its weight in the average for evaluation, once that is full; `None`: evaluate with the window
     state:State, # Updated in place
+    eps:float=1e-5, # Added to the variance
     inclusive:bool=False, # Look the floor up with this batch's samples counted in?
     clamped:bool=True, # Look the floor up?
+    held:bool=True, # Is the batch going to be held to a running gradient?
     look:bool=False, # May values be looked at?
-)->tuple: # Mean, variance, share and 1 where above the floor, `(C,)` each: what to normalise with
+)->tuple: # What to normalise with: mean, variance, share, and 0 where at the floor, else how far the batch is held, `(C,)` each
     "Merge a batch into all of a layer's state"
     s = state
     if a is None: a = 1/(s.steps+(1-head_start))
@@ -122,7 +142,7 @@ def count_batch(
     if ok is not None: s.skipped.add_(ok.all().logical_not_())
     floor = s.floors.index_select(0, (s.seen+bs if inclusive else s.seen).clamp(max=len(s.floors)-1)) if clamped else None
     torch._foreach_add_((s.batches,s.seen), (1,bs))
-    return _above(mean, var, rho, floor)
+    return _above(m, v, mean, var, rho, floor, eps, held)
 
 # %% ../nbs/02_functional.ipynb #60814e80
 def _per_channel(t, x): return t.view(1, -1, *[1]*(x.ndim-2))
@@ -160,9 +180,7 @@ _small = 2**16 # Values in a tensor, up to which the number of operators counts 
 _empty = {dt:torch.empty(0, dtype=dt) for dt in (torch.float32,torch.float64)}
 _bn,_bn_grad,_gn,_gn_grad = torch.native_batch_norm,torch.ops.aten.native_batch_norm_backward.default,torch.native_group_norm,torch.ops.aten.native_group_norm_backward.default
 
-@lru_cache(maxsize=256)
-def _ones(n, dtype, device):
-    with torch.inference_mode(False): return torch.ones(n, dtype=dtype, device=device)
+
 
 def _layout(x):
     "Memory format of `x` if it has one and is not plainly contiguous, else `torch.contiguous_format`"
@@ -247,18 +265,18 @@ def _shifted_moments(x):
     m = _sum(d)/M
     return first+m,(_sum(d*d)/M - m*m).clamp(min=0.)
 
-def _forward(x, weight, bias, a, a_e, eps, state, inclusive, clamped):
+def _forward(x, weight, bias, a, a_e, eps, state, inclusive, clamped, held):
     "A whole forward, to be compiled: $y$, what it was normalised with, and the moments"
     m,v = _shifted_moments(x)
-    stats = count_batch(m, v, x.shape[0], x.numel()//x.shape[1], a, a_e, state, inclusive, clamped)
+    stats = count_batch(m, v, x.shape[0], x.numel()//x.shape[1], a, a_e, state, eps, inclusive, clamped, held)
     return plain.affine(x, *stats[:2], eps, weight, bias),stats,(m,v)
 
-def _backward(dy, x, weight, mean, var, rho, free, running, credit, eps, first, need_dx):
+def _backward(dy, x, weight, mean, var, rho, free, clamped, running, credit, eps, first, need_dx):
     "A whole backward, to be compiled: `dx`, `dweight`, `dbias`, and what a second backward needs"
     kept = None
     def credited(dbias, dweight):
         nonlocal kept
-        G,kept = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free, running, credit, first)
+        G,kept = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free, clamped, running, credit, first)
         return G
     return *plain.grads(dy, x, mean, var, eps, weight, credited, need_dx),kept
 
@@ -331,14 +349,14 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
     def grads(dx, dweight, dbias): return dx,dweight.to(weight.dtype) if need_w else None,dbias.to(ctx.bias_dtype) if need_b else None
     path,w = ctx.path or plain,*_as_stats(mean, weight)
     if path is compiled:
-        got = _run_compiled(_backward, dy.contiguous(memory_format=_layout(x)), x, w, mean, var, rho, free if ctx.clamped else None, ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None,
+        got = _run_compiled(_backward, dy.contiguous(memory_format=_layout(x)), x, w, mean, var, rho, free, ctx.clamped, ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None,
                             _number(ctx.credit, mean), ctx.eps, ctx.first, need_dx)
         if got is not None:
             *got,ctx.first = got
             return grads(*got)
         path = choose_path(x, mean)
     def credited(dbias, dweight):
-        G,ctx.first = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free if ctx.clamped else None, ctx.window_grad, ctx.credit, ctx.first, look=path is on_cpu)
+        G,ctx.first = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free, ctx.clamped, ctx.window_grad, ctx.credit, ctx.first, look=path is on_cpu)
         return G
     return grads(*path.grads(dy, x, mean, var, ctx.eps, w, credited, need_dx))
 
@@ -379,13 +397,14 @@ def window_statistics(
     window_count:Tensor, # Count $n$ of the window `(C,)`, updated in place; 0: empty, less: full
     momentum:float|Tensor=0.1, # Weight $a$ of this batch, in (0,1]
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
-)->tuple: # To normalise with: mean, variance, the batch's share $\rho$, 1 where above the floor; `(C,)` each
+    eps:float=1e-5, # Added to the variance
+)->tuple: # To normalise with: mean, variance, the batch's share $\rho$, and 0 where at the floor, else how far it is held to what is owed; `(C,)` each
     "Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\rho=0$"
     if x.shape[1]!=len(window_mean): raise RuntimeError(f"running batch norm of {len(window_mean)} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     path = choose_path(x, window_mean)
     m,v,_ = path.moments(x)
     mean,var,rho,_ = merge_batch(m, v, x.numel()//x.shape[1], momentum, None, (window_mean,), (window_var,), (window_count,))
-    return _keep(*_above(mean, var, rho, floor))
+    return _keep(*_above(m, v, mean, var, rho, floor, eps, True))
 
 # %% ../nbs/02_functional.ipynb #10e0f681
 def normalize(
@@ -421,5 +440,5 @@ def running_batch_norm(
     eps:float=1e-5, # Added to the variance
 )->Tensor: # $y$, as `x`
     "Normalise `x` with the window after merging it in, in training; design after fast.ai lesson 10 and MABN"
-    with torch.no_grad(): stats = window_statistics(x, window_mean, window_var, window_count, momentum, floor)
+    with torch.no_grad(): stats = window_statistics(x, window_mean, window_var, window_count, momentum, floor, eps)
     return normalize(x, stats, weight, bias, credit, window_grad, eps, floor is not None, choose_path(x, window_mean))

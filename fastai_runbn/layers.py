@@ -14,15 +14,15 @@ from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .moments import batch_moments,batch_weight,head_start
+from .moments import batch_moments,batch_weight,head_start,window
 from .functional import State,choose_path,compiled,count_batch,normalize,on_cpu,_forward,_keep,_number,_run_compiled
 
 # %% ../nbs/03_layers.ipynb #aa465bfb
 backends = 'auto','plain','aten','compiled'
 
 def runbn_settings(
-    momentum=0.1, # Weight of a batch of two in the window, in (0,1]; a function of batch size and values per channel that gives a weight; `None`: cumulative average
-    credit:float=0.5, # Share of the statistics' gradient taken from a running average, in [0,1]
+    momentum=window(20), # A function of batch size and values per channel that gives the weight of a batch in the window, in (0,1]; a number: `mom` of lesson 10's; `None`: cumulative average
+    credit:float=1., # Share of the statistics' gradient taken from a running average, in [0,1]; in full from 32 values per channel and batch on
     eval_window:int|None=200, # Samples that evaluation averages over; `None`: the training window
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples, a sequence of floats; none from its end on
     clamp_inclusive:bool=False, # Count this batch's samples before looking up `clamp`?
@@ -54,7 +54,7 @@ class RunningBatchNormMixin:
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the variance
-        momentum=0.1, # Weight of a batch of two in the window, in (0,1]; a function of batch size and values per channel; `None`: cumulative average
+        momentum=window(20), # Weight of a batch in the window, as in `runbn_settings`
         affine:bool=True, # Learn a scale and a shift per channel?
         track_running_stats:bool=True, # A running norm has to: `False` is an error
         device=None, # Of parameters and buffers
@@ -186,6 +186,9 @@ def _clamped(self:RunningBatchNormMixin, path):
     if not self.clamp: return False
     return path is not on_cpu or '_unscheduled' in vars(self) or self.samples_seen.item()<len(self.clamp)
 
+# %% ../nbs/03_layers.ipynb #5882d318
+_full_credit = 32 # Values per channel and batch, from which on a running gradient is trusted in full
+
 # %% ../nbs/03_layers.ipynb #edb2f9b2
 @patch
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
@@ -197,7 +200,7 @@ def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
         path = choose_path(x, self.window_mean, self.backend)
         stats,clamped,path,y = self._statistics(x.detach(), path)
-        y = normalize(x, stats, self.weight, self.bias, self.credit, self.window_grad, self.eps, clamped, path, y)
+        y = normalize(x, stats, self.weight, self.bias, self.credit*min(1, x.numel()/x.shape[1]/_full_credit), self.window_grad, self.eps, clamped, path, y)
     return y if type(x) in (Tensor,nn.Parameter,type(y)) else y.as_subclass(type(x))
 
 @patch
@@ -210,14 +213,14 @@ def _statistics(self:RunningBatchNormMixin, x, path):
     bs,M,state = x.shape[0],x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
     a = None if self.momentum is None else batch_weight(self.momentum, bs, M, None)
     a_e = None if self.eval_window is None else min(1, bs/self.eval_window)
-    clamped,m,v,y,got = self._clamped(path),None,None,None,None
+    clamped,held,m,v,y,got = self._clamped(path),torch.is_tensor(self.credit) or self.credit>0,None,None,None,None
     if path is compiled:
-        got = _run_compiled(_forward, x, self.weight, self.bias, _number(a, state.mean), _number(a_e, state.mean), self.eps, state, self.clamp_inclusive, clamped)
+        got = _run_compiled(_forward, x, self.weight, self.bias, _number(a, state.mean), _number(a_e, state.mean), self.eps, state, self.clamp_inclusive, clamped, held)
         if got is None: path = choose_path(x, state.mean)
         else: y,stats,(m,v) = got
     if got is None:
         m,v,y = path.moments(x)
-        stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.clamp_inclusive, clamped, path is on_cpu))
+        stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, held, path is on_cpu))
     if eager:
         self._recent.appendleft(((m,v),stats))
         if self.path!=path.name: self.path = path.name

@@ -42,6 +42,7 @@ class Oracle:
             free = var>=floor
             rstd = 1/np.sqrt(np.where(free, var, floor)+self.eps)
             xhat = (x-mean[:,None])*rstd[:,None]
+            held = np.minimum(1, 4/(xhat**2).mean(1))
             # the averages for evaluation
             self.t,self.steps,self.seen,self.skipped = self.t+ok,self.steps+1,self.seen+bs,self.skipped+(not ok.all())
             if self.eval_window is None: self.rm,self.rv = mean,var
@@ -55,6 +56,6 @@ class Oracle:
             g = np.stack([db, dw*free])/M
             self.gbar = self.gbar+rho*(np.where(np.isfinite(g), g, self.gbar)-self.gbar) if self.credit else self.gbar
             old = (self.gbar-rho*g)/np.where(rho<1, 1-rho, 1) # the running gradient before this batch
-            G = rho*g+self.credit*(1-rho)*old
+            G = rho*g+self.credit*min(1, M/32)*np.stack([np.ones_like(held), held])*(1-rho)*old
             dx = (w*rstd)[:,None]*(dy-G[0][:,None]-xhat*(G[1]*free)[:,None])
         return w[:,None]*xhat+b[:,None],dx,dw,db

@@ -77,9 +77,10 @@ def test_y_is_gamma_xhat_plus_beta():
     mu,var = (o.view(3,1) for o in win[:2])                            # updated in place: the merged ones
     torch.testing.assert_close(y, w.view(3,1)*(x-mu)/(var+1e-3).sqrt()+b.view(3,1), rtol=1e-12, atol=1e-12)
 
-def backward(credit, floor=None, grad=None, count=8., momentum=.2):
-    "One backward through a warm window, and everything that its formulas speak of, per channel"
-    x,w,b = (torch.randn(s).double().requires_grad_() for s in ((2,3,4),3,3))
+def backward(credit, floor=None, grad=None, count=8., momentum=.2, far=0.):
+    "One backward through a warm window, and everything that its formulas speak of, per channel; with `far`, of a batch far from it"
+    x,w,b = torch.randn(2,3,4).double()+far,*(torch.randn(3).double().requires_grad_() for _ in range(2))
+    x.requires_grad_()
     win,grad = [torch.randn(3).double(), torch.rand(3).double()+.5, torch.full((3,), count).double()],torch.zeros(2,3).double() if grad is None else grad
     rho = window_share(win[2], 8, momentum)[1]
     y = running_batch_norm(x, *win, w, b, momentum=momentum, credit=credit, window_grad=grad, floor=floor)
@@ -128,7 +129,19 @@ def test_G_is_credit_g_bar_plus_rest_rho_g(credit):
     start = torch.randn(2,3).double()
     o = backward(credit, grad=start.clone())
     G = credit*(start+o['rho']*(o['g']-start)) + (1-credit)*o['rho']*o['g']
+    assert ((o['xhat']**2).mean(1)<4).all()
     same(o['dx'], dx_with(o, *G))
+
+@pytest.mark.parametrize('momentum', [.2,.01])
+@pytest.mark.parametrize('credit', [.25,1.])
+def test_what_is_owed_in_the_scale_is_held_to_4_by_the_mean_square(credit, momentum):
+    start = torch.randn(2,3).double()
+    o = backward(credit, grad=start.clone(), far=t(0.,3.,40.)[:,None], momentum=momentum, count=1000.)
+    square = (o['xhat']**2).mean(1)
+    assert (square>4).tolist()==[False,True,True]
+    owed = credit*(1-o['rho'])*start*torch.stack([torch.ones(3),(4/square).clamp(max=1)])
+    same(o['dx'], dx_with(o, *(o['rho']*o['g']+owed)))
+    same(o['grad'], start+o['rho']*(o['g']-start))                     # what goes into the average is whole
 
 @pytest.mark.parametrize('floored', [False,True], ids=['free','floored'])
 @pytest.mark.parametrize('warm', [False,True], ids=['fresh','warm'])

@@ -234,7 +234,7 @@ def due(
 
 # %% ../../nbs/09_bench.quality.ipynb #81b2c6a6
 def _at(df, regime, norm, bs): return df[(df.regime==regime) & (df.norm==norm) & (df.bs==bs)]
-def best_rate(df): return df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.mean().idxmax()
+def best_rate(df): return float(df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.mean().idxmax())
 
 # %% ../../nbs/09_bench.quality.ipynb #84d63b62
 def _start_worker():
