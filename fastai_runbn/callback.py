@@ -52,11 +52,11 @@ class RunBNCallback(Callback):
 # %% ../nbs/06_callback.ipynb #8d71084a
 @patch
 def before_train(self:RunBNCallback):
-    "A window of twice as many samples as are accumulated in this fit, if that is longer than the layers' own"
+    "Where several batches are accumulated in this fit, a window of twice as many samples, if that is longer than the layers' own"
     if not self.window or 'momentum' in self.settings: return
     acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
     momentum = runbn_settings()['momentum']
-    if acc and 2*acc.n_acc>momentum.samples: momentum = window_rule(2*acc.n_acc)
+    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and 2*acc.n_acc>momentum.samples: momentum = window_rule(2*acc.n_acc)
     for r in self.report.running:
         m = self.learn.model.get_submodule(r.name)
         if not r.why and not hasattr(m, '_unscheduled') and m.momentum!=momentum: m.set_settings(momentum=momentum) # a schedule goes first

@@ -20,7 +20,7 @@ from .moments import batch_moments,window_share,average_share,merge_moments,head
 def _ones(n, dtype, device):
     with torch.inference_mode(False): return torch.ones(n, dtype=dtype, device=device)
 
-def _one(t): return torch.ones_like(t) if torch.compiler.is_compiling() else _ones(len(t), t.dtype, t.device)
+def _one(t): return torch.ones_like(t) if torch.compiler.is_compiling() or type(t) is not Tensor else _ones(len(t), t.dtype, t.device)
 
 def _credited(dbias, dweight, M, rho, free, clamped, running, credit, first=None, look=False):
     "$G$ `(2,C)` from the sums of $dy$ and of $dy\\cdot\\hat x$, whose means $g$ are merged into the running gradient, where they are finite; and what a second backward needs"

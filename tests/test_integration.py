@@ -522,7 +522,7 @@ def test_24_schedules_are_recorded_drawn_and_undone(kind, tmp_path):
     assert restored()
 
 def test_24_a_schedule_of_momentum_goes_before_the_accumulated_window():
-    learn = make('plain', RunBNCallback(window='accumulate'))
+    learn = make('plain', RunBNCallback())
     fit(learn, n=3, cbs=[GradientAccumulation(64),RunBNSchedule(momentum=SchedCos(.1,.02))], pct=.1)
     hps = learn.recorder.hps['runbn_momentum']
     assert hps[0] == pytest.approx(.1) and hps == sorted(hps, reverse=True) and hps[-1] < .05

@@ -56,7 +56,7 @@ def test_update_bn_recomputes_them():
     for _ in range(5): n(batch())
     xs = [batch(8) for _ in range(4)]
     update_bn(xs, n)
-    assert n[1].momentum == .1 and n[1].num_batches_tracked.item() == 4
+    assert n[1].momentum == window(20) and n[1].num_batches_tracked.item() == 4
     torch.testing.assert_close(n[1].running_mean, n[0](torch.cat(xs)).mean((0,2,3)))
 
 @pytest.mark.parametrize('cls,shape,said', [(RunningBatchNorm1d,(2,3,4,4),'expected 2D or 3D input (got 4D input)'), (RunningBatchNorm2d,(2,3),'expected 4D input (got 2D input)'),
