@@ -73,6 +73,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                             'fastai_runbn.bench.quality._Scores.after_epoch': ( 'bench.quality.html#_scores.after_epoch',
                                                                                                 'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._at': ('bench.quality.html#_at', 'fastai_runbn/bench/quality.py'),
+                                            'fastai_runbn.bench.quality._at_best': ( 'bench.quality.html#_at_best',
+                                                                                     'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._batch_norm': ( 'bench.quality.html#_batch_norm',
                                                                                         'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._batch_renorm': ( 'bench.quality.html#_batch_renorm',

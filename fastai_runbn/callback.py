@@ -33,7 +33,7 @@ class RunBNCallback(Callback):
         if window not in (None,'accumulate'): raise ValueError(f"window={window!r}: 'accumulate' or None was expected; a window of so many samples is momentum=window(samples).")
 
         self.choice,self.settings,self.window = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,window
-        self._looked,self._scale = False,1.
+        self._looked,self._scale,self._momentum = False,1.,runbn_settings()['momentum']
 
     @property
     def report(self):
@@ -52,14 +52,16 @@ class RunBNCallback(Callback):
 # %% ../nbs/06_callback.ipynb #8d71084a
 @patch
 def before_train(self:RunBNCallback):
-    "Where several batches are accumulated in this fit, a window of twice as many samples, if that is longer than the layers' own"
+    "Where several batches are accumulated in this fit, a window of twice as many samples, if that is longer than the default"
     if not self.window or 'momentum' in self.settings: return
     acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
-    momentum = runbn_settings()['momentum']
-    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and 2*acc.n_acc>momentum.samples: momentum = window_rule(2*acc.n_acc)
+    default,old = runbn_settings()['momentum'],self._momentum
+    self._momentum = default
+    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and 2*acc.n_acc>default.samples: self._momentum = window_rule(2*acc.n_acc)
     for r in self.report.running:
         m = self.learn.model.get_submodule(r.name)
-        if not r.why and not hasattr(m, '_unscheduled') and m.momentum!=momentum: m.set_settings(momentum=momentum) # a schedule goes first
+        if r.why or hasattr(m, '_unscheduled') or m.momentum==self._momentum: continue # a schedule goes first
+        if m.momentum in (default,old): m.set_settings(momentum=self._momentum)      # and so does a layer's own
 
 # %% ../nbs/06_callback.ipynb #876bd008
 @patch

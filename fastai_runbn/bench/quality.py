@@ -28,10 +28,10 @@ from ..callback import RunBNCallback
 from ..layers import LESSON10
 
 # %% ../../nbs/09_bench.quality.ipynb #7da0eeb1
-def _batch_norm(model, steps, momentum=.1, cbs=()):
+def _batch_norm(model, steps, momentum=.1):
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d): m.momentum = momentum
-    return cbs
+    return ()
 
 def _group_norm(model, steps):
     use_norm(model, lambda C: nn.GroupNorm(max(1, C//8), C))
@@ -148,8 +148,10 @@ _key = 'regime','norm','bs','lr','seed'
 
 @torch.no_grad()
 def _losses(learn, bs, n=256):
-    "Loss on the first validation images in evaluation mode, and in training mode, a batch of `bs` at a time"
-    x,y = [t[:n] for t in learn.dls.valid_ds.tensors]
+    "Loss on `n` validation images, the same ones always, in evaluation mode, and in training mode, a batch of `bs` at a time"
+    tensors = learn.dls.valid_ds.tensors
+    some = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(42))[:n] # they may lie in order of their classes
+    x,y = [t[some] for t in tensors]
     def loss(model, bs): return float(torch.stack([learn.loss_func(model(a), b) for a,b in zip(x.split(bs), y.split(bs))]).mean())
     model = deepcopy(learn.model.cpu()).eval()
     before = loss(model, 64)
@@ -273,12 +275,13 @@ def bench_quality(
 def score_table(
     df:pd.DataFrame, # Rows of `trial`
     regime:str, # Of `regimes`
-)->pd.DataFrame: # A row a contender, a column a batch size: mean ± standard deviation over seeds at its best rate, and that rate
+)->pd.DataFrame: # A row a contender, a column a batch size: mean ± standard deviation over seeds, if there are several, at its best rate, and that rate
     "Scores in the end, each contender at its best learning rate"
     def cell(g):
         if not g.score.notna().any(): return 'cannot train'
         best = g[g.lr==best_rate(g)].score.astype(float)
-        return f'{best.mean():.3f} ± {best.std(ddof=0):.3f} ({best_rate(g):g})'
+        spread = f' ± {best.std(ddof=0):.3f}' if len(best)>1 else ''
+        return f'{best.mean():.3f}{spread} ({best_rate(g):g})'
     df = df[df.regime==regime]
     cells = {k:cell(g) for k,g in df.groupby(['norm','bs'])}
     norms,sizes = [n for n in contenders if n in set(df.norm)],sorted(set(df.bs))
@@ -300,8 +303,8 @@ _looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00',
     'GroupNorm':('#009e73','^','-'), 'GroupNorm + WS':('#009e73','v','--'), 'BatchRenorm':('#e69f00','D','-'), 'MABN':('#cc79a7','P','-'), 'MABN, not centred':('#cc79a7','X','--'),
     'lesson 10':('#56b4e9','d','-'), 'ours':('#0072b2','*','-')}
 
-def _figure(df, title, path, draw, xlabel, ylabel):
-    "A figure with `draw(ax, rows, look)` for each contender's rows, and a legend below"
+def _figure(df, title, path, draw, xlabel, ylabel, log=None, ticks=()):
+    "A figure with `draw(ax, rows, look)` for each contender's rows, and a legend below; `log`: base of the x axis"
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8,5.2), layout='constrained')
     ax = fig.subplots()
@@ -309,10 +312,17 @@ def _figure(df, title, path, draw, xlabel, ylabel):
         rows = df[(df.norm==name) & df.score.notna()]
         if len(rows): draw(ax, rows, dict(color=color, marker=marker, ls=line, label=name, lw=2.5 if name=='ours' else 1.3, ms=11 if name=='ours' else 6, zorder=3 if name=='ours' else 2))
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log:
+        ax.set_xscale('log', base=log)
+        ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
     ax.grid(lw=.4); ax.set_axisbelow(True)
     fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=9)
     if path: fig.savefig(path, dpi=110)
     return fig
+
+def _at_best(rows): return pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
+
+def _score_name(regime): return 'validation accuracy' if regimes[regime].metric is accuracy else 'mean IoU on the validation set'
 
 def _stats(rows, by):
     g = rows.assign(score=rows.score.astype(float)).groupby(by).score
@@ -326,45 +336,52 @@ def plot_sizes(
 ):
     "Score against batch size, each contender at its best rate; bars are standard deviations over seeds; returns the figure"
     def draw(ax, rows, look):
-        best = pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
-        mean,sd = _stats(best, 'bs')
+        mean,sd = _stats(_at_best(rows), 'bs')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
-    fig = _figure(df[df.regime==regime], regimes[regime].what, path, draw, 'training batch size', _score_name(regime))
-    fig.axes[0].set_xscale('log', base=2); fig.axes[0].xaxis.set_major_formatter('{x:g}')
-    if path: fig.savefig(path, dpi=110)
-    return fig
+    df = df[df.regime==regime]
+    return _figure(df, regimes[regime].what, path, draw, 'training batch size', _score_name(regime), 2, sorted(set(df.bs)))
 
-def plot_rates(df, regime, bs=None, path=None):
-    "Score against learning rate at one batch size, the regime's first by default; returns the figure"
+def plot_rates(
+    df:pd.DataFrame, # Rows of `trial`
+    regime:str, # Of `regimes`
+    bs:int=None, # Batch size; default: the regime's first
+    path=None, # Save as PNG here; default: don't
+):
+    "Score against learning rate; bars are standard deviations over seeds; returns the figure"
     bs = bs or regimes[regime].sizes[0]
     def draw(ax, rows, look):
         mean,sd = _stats(rows, 'lr')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
-    fig = _figure(df[(df.regime==regime) & (df.bs==bs)], f'{regimes[regime].what}, batch size {bs}', None, draw, 'learning rate', _score_name(regime))
-    fig.axes[0].set_xscale('log')
-    rates = regimes[regime].rates
-    fig.axes[0].set_xticks(rates, [f'{r:g}' for r in rates]); fig.axes[0].minorticks_off()
-    if path: fig.savefig(path, dpi=110)
-    return fig
+    df = df[(df.regime==regime) & (df.bs==bs)]
+    return _figure(df, f'{regimes[regime].what}, batch size {bs}', path, draw, 'learning rate', _score_name(regime), 10, regimes[regime].rates)
 
-def plot_curves(df, regime, bs=None, path=None):
+def plot_curves(
+    df:pd.DataFrame, # Rows of `trial`
+    regime:str, # Of `regimes`
+    bs:int=None, # Batch size; default: the regime's first
+    path=None, # Save as PNG here; default: don't
+):
     "Score after each epoch, mean over seeds, each contender at its best rate; returns the figure"
     bs = bs or regimes[regime].sizes[0]
     def draw(ax, rows, look):
         curves = pd.DataFrame(rows[rows.lr==best_rate(rows)].curve.tolist()).mean()
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.plot(range(1, len(curves)+1), curves, **look)
     return _figure(df[(df.regime==regime) & (df.bs==bs)], f'{regimes[regime].what}, batch size {bs}', path, draw, 'epoch', _score_name(regime))
 
-def plot_gap(df, regime, path=None):
+def plot_gap(
+    df:pd.DataFrame, # Rows of `trial`
+    regime:str, # Of `regimes`
+    path=None, # Save as PNG here; default: don't
+):
     "Loss in evaluation mode less that in training mode against batch size, each contender at its best rate; returns the figure"
     def draw(ax, rows, look):
-        best = pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
+        best = _at_best(rows)
         gap = best.assign(gap=pd.to_numeric(best.gap)).groupby('bs').gap.mean()
         ax.plot(gap.index, gap, **look)
-    fig = _figure(df[df.regime==regime], regimes[regime].what, None, draw, 'training batch size', 'loss, evaluation less training mode')
-    ax = fig.axes[0]
-    ax.set_xscale('log', base=2); ax.xaxis.set_major_formatter('{x:g}'); ax.set_yscale('symlog', linthresh=.1); ax.axhline(0, color='black', lw=.8)
+        ax.set_yscale('symlog', linthresh=.1)
+    df = df[df.regime==regime]
+    fig = _figure(df, regimes[regime].what, None, draw, 'training batch size', 'loss, evaluation less training mode', 2, sorted(set(df.bs)))
+    fig.axes[0].axhline(0, color='black', lw=.8)
     if path: fig.savefig(path, dpi=110)
     return fig
-
-def _score_name(regime): return 'validation accuracy' if regimes[regime].metric is accuracy else 'mean IoU on the validation set'
