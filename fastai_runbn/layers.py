@@ -14,14 +14,14 @@ from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .moments import batch_moments,batch_weight,head_start,window
+from .moments import batch_moments,batch_weight,head_start,trust,window
 from .functional import State,choose_path,compiled,count_batch,normalize,on_cpu,_forward,_keep,_number,_run_compiled
 
 # %% ../nbs/03_layers.ipynb #aa465bfb
 backends = 'auto','plain','aten','compiled'
 
 def runbn_settings(
-    momentum=window(20), # A function of batch size and values per channel that gives the weight of a batch in the window, in (0,1]; a number: `mom` of lesson 10's; `None`: cumulative average
+    momentum=window(60, few=10), # A function of batch size and values per channel that gives the weight of a batch in the window, in (0,1]; a number: `mom` of lesson 10's; `None`: cumulative average
     credit:float=1., # Share of the statistics' gradient taken from a running average, in [0,1]; in full from 32 values per channel and batch on
     eval_window:int|None=200, # Samples that evaluation averages over; `None`: the training window
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples, a sequence of floats; none from its end on
@@ -54,7 +54,7 @@ class RunningBatchNormMixin:
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the variance
-        momentum=window(20), # Weight of a batch in the window, as in `runbn_settings`
+        momentum=window(60, few=10), # Weight of a batch in the window, as in `runbn_settings`
         affine:bool=True, # Learn a scale and a shift per channel?
         track_running_stats:bool=True, # A running norm has to: `False` is an error
         device=None, # Of parameters and buffers
@@ -186,9 +186,6 @@ def _clamped(self:RunningBatchNormMixin, path):
     if not self.clamp: return False
     return path is not on_cpu or '_unscheduled' in vars(self) or self.samples_seen.item()<len(self.clamp)
 
-# %% ../nbs/03_layers.ipynb #5882d318
-_full_credit = 32 # Values per channel and batch, from which on a running gradient is trusted in full
-
 # %% ../nbs/03_layers.ipynb #edb2f9b2
 @patch
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
@@ -200,7 +197,7 @@ def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
         path = choose_path(x, self.window_mean, self.backend)
         stats,clamped,path,y = self._statistics(x.detach(), path)
-        y = normalize(x, stats, self.weight, self.bias, self.credit*min(1, x.numel()/x.shape[1]/_full_credit), self.window_grad, self.eps, clamped, path, y)
+        y = normalize(x, stats, self.weight, self.bias, self.credit*trust(x.numel()//x.shape[1]), self.window_grad, self.eps, clamped, path, y)
     return y if type(x) in (Tensor,nn.Parameter,type(y)) else y.as_subclass(type(x))
 
 @patch

@@ -33,6 +33,10 @@ def _batch_norm(model, steps, momentum=.1):
         if isinstance(m, nn.BatchNorm2d): m.momentum = momentum
     return ()
 
+def _batch_norm_centred(model, steps):
+    centre_convs(model)
+    return ()
+
 def _group_norm(model, steps):
     use_norm(model, lambda C: nn.GroupNorm(max(1, C//8), C))
     return ()
@@ -70,6 +74,7 @@ contenders = { # name: changes a BatchNorm model, given the steps that it will b
     'BatchNorm':_batch_norm,
     'BatchNorm, momentum .01':partial(_batch_norm, momentum=.01),
     'BatchNorm, recomputed':lambda model, steps: [RecomputeStats()],
+    'BatchNorm, centred':_batch_norm_centred,
     'BatchNorm, frozen':lambda model, steps: [BnFreeze()],
     'GroupNorm':_group_norm,
     'GroupNorm + WS':_standardise,
@@ -77,6 +82,7 @@ contenders = { # name: changes a BatchNorm model, given the steps that it will b
     'MABN':_mabn,
     'MABN, not centred':partial(_mabn, centred=False),
     'lesson 10':lambda model, steps: [RunBNCallback(**LESSON10)],
+    'ours, not centred':lambda model, steps: [RunBNCallback(centre=False)],
     'ours':lambda model, steps: [RunBNCallback()]}
 
 # %% ../../nbs/09_bench.quality.ipynb #f1af03f0
@@ -122,6 +128,7 @@ def _new_head(data):
 _peers = 'GroupNorm','GroupNorm + WS','BatchRenorm','MABN','MABN, not centred'
 _batch_norms = 'BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed'
 _all = (*_batch_norms,*_peers,'lesson 10','ours')
+_both = (*_all,'BatchNorm, centred','ours, not centred') # what centring does alone, and the layer alone
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what=''):
     return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, every_rate=True)
@@ -135,7 +142,7 @@ regimes = {
     'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle'),
     'R1 constant':_lesson(mnist_dls, _constant, what='4,000 MNIST digits, SGD, constant rate'),
     'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32), what="scikit-learn's digits, SGD, one cycle"),
-    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), what='Adam, one cycle'),
+    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), norms=_both, what='Adam, one cycle'),
     'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
     'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five', lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375),
@@ -299,9 +306,9 @@ def rate_table(
     return table.reindex([n for n in contenders if n in table.index]).rename_axis(index=regime)
 
 # %% ../../nbs/09_bench.quality.ipynb #cee451fa
-_looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00','v','--'), 'BatchNorm, recomputed':('#d55e00','s',':'), 'BatchNorm, frozen':('#d55e00','x','-.'),
+_looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00','v','--'), 'BatchNorm, recomputed':('#d55e00','s',':'), 'BatchNorm, centred':('#d55e00','P','-.'), 'BatchNorm, frozen':('#d55e00','x','-.'),
     'GroupNorm':('#009e73','^','-'), 'GroupNorm + WS':('#009e73','v','--'), 'BatchRenorm':('#e69f00','D','-'), 'MABN':('#cc79a7','P','-'), 'MABN, not centred':('#cc79a7','X','--'),
-    'lesson 10':('#56b4e9','d','-'), 'ours':('#0072b2','*','-')}
+    'lesson 10':('#56b4e9','d','-'), 'ours, not centred':('#0072b2','X','--'), 'ours':('#0072b2','*','-')}
 
 def _figure(df, title, path, draw, xlabel, ylabel, log=None, ticks=()):
     "A figure with `draw(ax, rows, look)` for each contender's rows, and a legend below; `log`: base of the x axis"
