@@ -3,9 +3,10 @@ import warnings
 import pytest,torch
 from torch import nn
 from torchvision.models import resnet18
-from fastai.vision.all import Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
+from fastai.vision.all import Adam,GradientAccumulation,Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
 from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
 from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
+from fastai_runbn.callback import centre,filters_to_centre
 from fastai_runbn.cli import train_digits
 
 def plain_learner(cbs=None, bs=32): return Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, lr=.1, cbs=cbs)
@@ -104,3 +105,41 @@ def test_shared_and_root_layers():
 def test_lesson10_settings_reach_the_layers():
     learn = train_digits(RunBNCallback(**LESSON10), bs=32, epochs=1, bar=False)
     assert all(m.settings()==runbn_settings(**LESSON10) for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin))
+
+def means(learn): return {n:w.mean([*range(1, w.ndim)]).abs().max().item() for n,w in learn.run_bn.centred.items()}
+
+def test_filters_stay_centred(make):
+    "With another optimizer, accumulated gradients, frozen groups and a learning rate search before; and in the fits after the first"
+    learn = make(RunBNCallback())
+    learn.opt_func = Adam
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.lr_find(num_it=5, show_plot=False, suggest_funcs=())
+    convs = [n for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels>1]
+    for cbs in ([],[GradientAccumulation(32)]):
+        learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1)])
+        assert [f'{n}.weight' for n in convs] == list(means(learn)) and max(means(learn).values())<1e-7
+    learn.freeze()
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
+    assert all(w.requires_grad for w in learn.run_bn.centred.values()) and (len(learn.opt.param_lists)==1 or not learn.run_bn.centred)
+
+def test_trained_models_keep_their_filters(make):
+    learn = make(RunBNCallback())
+    trained_stats(learn.model)
+    kept = {n:p.mean([1,2,3]).abs().max().item() for n,p in learn.model.named_parameters() if p.ndim==4}
+    learn.fit(1, 1e-5, cbs=ShortEpochCallback(.05))
+    assert not learn.run_bn.centred
+    assert all(p.mean([1,2,3]).abs().max().item() > .5*kept[n] > 1e-4 for n,p in learn.model.named_parameters() if p.ndim==4)
+
+def test_filters_to_centre_takes_what_stands_before_a_norm():
+    net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8),
+        nn.Conv1d(8,3,1), nn.Linear(5,8), nn.BatchNorm1d(3), nn.Conv1d(3,3,1), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,4,1)))
+    assert list(filters_to_centre(net)) == ['0.weight','4.weight']               # not depthwise, not with something between, not without a norm
+    assert list(filters_to_centre(net, ['6'])) == ['4.weight']
+    net[4].weight.requires_grad_(False)
+    net[1](torch.randn(2,4,5))
+    assert not filters_to_centre(net) and list(filters_to_centre(net, always=True)) == ['0.weight']
+    before = net[0].weight.detach().clone()
+    centre([net[0].weight])
+    torch.testing.assert_close(net[0].weight, before-before.mean([1,2], keepdim=True))
+    assert list(filters_to_centre(net)) == ['0.weight']                          # trained, and centred already
