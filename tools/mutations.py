@@ -16,7 +16,7 @@ mutations = [
     ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
     ('credit and its complement swapped', 'functional', 'G = torch.lerp(own, new, credit)', 'G = torch.lerp(new, own, credit)', quick),
     ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
-    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path)', 'self._statistics(x, path)', quick),
+    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, sync)', 'self._statistics(x, path, sync)', quick),
     ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
     ('moments that are not finite merged', 'functional', 'ok = var<math.inf', 'ok = (var==var)|True', quick),
