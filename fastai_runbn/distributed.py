@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'sync_window']
 
-# %% ../nbs/07_distributed.ipynb #c3f7ab3a
+# %% ../nbs/07_distributed.ipynb #1066ab8f
 import math
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .moments import average_share,head_start,merge_moments,window,window_share
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin,_full_credit
 
-# %% ../nbs/07_distributed.ipynb #83ccf0cf
+# %% ../nbs/07_distributed.ipynb #6101dae1
 _flat_names = 'window_mean','window_var','window_count','running_mean','running_var','eval_steps' # `(C,)` each
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches'                           # one value each
 
@@ -37,7 +37,7 @@ class _Flat(NamedTuple):
     seen:Tensor
     skipped:Tensor
 
-# %% ../nbs/07_distributed.ipynb #21db5200
+# %% ../nbs/07_distributed.ipynb #cb5ab5d7
 class _Pack:
     "The state of some layers as flat tensors, and back"
     def __init__(self, layers): self.layers,self.sizes,self.L,self.C,self.index = layers,[l.num_features for l in layers],len(layers),sum(l.num_features for l in layers),None
@@ -64,7 +64,7 @@ class _Pack:
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
 
-# %% ../nbs/07_distributed.ipynb #5b5802e0
+# %% ../nbs/07_distributed.ipynb #925c1c05
 @patch
 def wire(self:_Pack, device, rows=6):
     "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
@@ -90,7 +90,7 @@ def numbers(self:_Pack, got, k, like):
     "Item `k`, a number of each layer, as a tensor `(L,)` that is made once"
     return torch.stack([_number(got[i][k] if i in got else 0, like) for i in range(self.L)])
 
-# %% ../nbs/07_distributed.ipynb #3d495615
+# %% ../nbs/07_distributed.ipynb #274f8e38
 @patch
 def add_moments(self:_Pack, sums, head, notes, mean):
     "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`, $d$ from `mean`; a channel that is not finite adds nothing"
@@ -108,7 +108,7 @@ def add_gradients(self:_Pack, sums, notes, like):
         g = torch.cat([got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)], 1).double()
         sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((self.expand(self.numbers(got, 1, like))[None], g)), 0))
 
-# %% ../nbs/07_distributed.ipynb #679f39df
+# %% ../nbs/07_distributed.ipynb #06a4416a
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
     if rule is None: return torch.zeros_like(bs) # it depends on the channel
@@ -133,7 +133,7 @@ def weights(self:_Pack, rules, bs, M, steps):
     none,alike = some([r is None for r in moms]),some([e is None for e in evals])
     return a if none is None else torch.where(none, 1/(steps+1-head_start), a),a_e,alike
 
-# %% ../nbs/07_distributed.ipynb #badcdc10
+# %% ../nbs/07_distributed.ipynb #34e304e6
 @patch
 def merge(self:_Pack, old, sums, head, rules):
     "Pooled `sums` (of `add_moments`) merged into the state `old`: the new one, the pooled mean and variance, and the batch's share, 0 where it stays out"
@@ -153,7 +153,7 @@ def merge(self:_Pack, old, sums, head, rules):
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
     return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
 
-# %% ../nbs/07_distributed.ipynb #b27561d6
+# %% ../nbs/07_distributed.ipynb #dec2a784
 class WindowSync(Joinable):
     "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
     of_empty = False # Does an empty batch take part, too?
@@ -177,7 +177,7 @@ class WindowSync(Joinable):
     @property
     def join_process_group(self): return self.group
 
-# %% ../nbs/07_distributed.ipynb #b9e57dc5
+# %% ../nbs/07_distributed.ipynb #b4ff08ea
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
@@ -208,7 +208,7 @@ def check(self:WindowSync):
     for rank,other in enumerate(all_own):
         if what := _difference(all_own[0], other, rank): raise RuntimeError(f"sync_window: {what}. All ranks need the same model, converted with the same settings.")
 
-# %% ../nbs/07_distributed.ipynb #73a92ee4
+# %% ../nbs/07_distributed.ipynb #1536db19
 @patch
 @torch.no_grad()
 def share(self:WindowSync):
@@ -246,7 +246,7 @@ def __call__(self:WindowSync, layer, x): return self._run(layer, x)
 @patch
 def path(self:WindowSync, layer, x): return choose_path(x, layer.window_mean, 'plain' if layer.backend=='plain' or x.numel()==0 else 'auto')
 
-# %% ../nbs/07_distributed.ipynb #447b66cd
+# %% ../nbs/07_distributed.ipynb #568e35ac
 class LayerSync(WindowSync):
     "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
     mode,of_empty = 'layer',True
@@ -281,7 +281,21 @@ class LayerSync(WindowSync):
         n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
         return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],(credit*(n/_full_credit).clamp(max=1)).to(dbias.dtype) if torch.is_tensor(credit) or credit else credit
 
-# %% ../nbs/07_distributed.ipynb #f0610f28
+# %% ../nbs/07_distributed.ipynb #ef87b582
+class _AfterForward:
+    "Hook of the model's forward; copies of it, in copies of the model, do nothing"
+    def __init__(self, sync=None): self.sync = sync
+    def __reduce__(self): return _AfterForward,()
+    def __call__(self, module, args, output):
+        if self.sync is not None and module.training: self.sync.after_forward(output)
+
+class _Shadow(JoinHook):
+    "What a rank does that has run out of batches: it sends zeros, and merges what the others have"
+    def __init__(self, sync): self.sync = sync
+    def main_hook(self): self.sync.send()
+    def post_hook(self, is_last_joiner): self.sync.settle()
+
+# %% ../nbs/07_distributed.ipynb #25253f43
 class _Local(NamedTuple):
     "A rank's own continuation of the shared window, until the step's is merged"
     state:State
@@ -295,6 +309,8 @@ class StepSync(WindowSync):
         self.work = self.pending = self.base = self.local = self.sums = self.last_share = None
         self.forwards,self.backwards,self.queued,self.awaits,self.skip = [],[],False,False,False
 
+    def join_hook(self, **kwargs): return _Shadow(self)
+
     def attach(self):
         super().attach()
         self.after_forward = torch.compiler.disable(self.after_forward)
@@ -306,14 +322,7 @@ class StepSync(WindowSync):
         "Is this batch one of several of a step, and not the last?"
         return (self.hold or self.skip) and not self._join_config.enable
 
-class _AfterForward:
-    "Hook of the model's forward; copies of it, in copies of the model, do nothing"
-    def __init__(self, sync=None): self.sync = sync
-    def __reduce__(self): return _AfterForward,()
-    def __call__(self, module, args, output):
-        if self.sync is not None and module.training: self.sync.after_forward(output)
-
-# %% ../nbs/07_distributed.ipynb #591d6c08
+# %% ../nbs/07_distributed.ipynb #29ae3847
 @patch
 def opened(self:StepSync):
     "The local continuation of each layer, begun from the shared window if there is none yet"
@@ -342,7 +351,7 @@ def count(self:StepSync, layer, m, v, bs, M, a, clamped, held, look):
 _no_join = ("join of uneven inputs: the running norms have a collective of their own, which a rank that has run out has to join, too. "
     "Put `with Join([net, sync]):` (of torch.distributed.algorithms.join) in the place of `with net.join():`, where sync is what `sync_window` returned.")
 
-# %% ../nbs/07_distributed.ipynb #603cf72f
+# %% ../nbs/07_distributed.ipynb #599bf9b1
 @patch
 def gradient(self:StepSync, layer, x):
     "Credit, running gradient and what takes note of this batch's in the backward"
@@ -378,7 +387,7 @@ def after_backward(self:StepSync):
     self.fold()
     if not self.held: self.send()
 
-# %% ../nbs/07_distributed.ipynb #66471651
+# %% ../nbs/07_distributed.ipynb #b91dc75f
 @patch
 @torch.no_grad()
 def fold(self:StepSync):
@@ -429,17 +438,7 @@ def scale_grad(self:StepSync, scale):
     self.base.grad.mul_(scale)
     for l in self.local.values(): l.grad.mul_(scale)
 
-# %% ../nbs/07_distributed.ipynb #13d07eaa
-class _Shadow(JoinHook):
-    "What a rank does that has run out of batches: it sends zeros, and merges what the others have"
-    def __init__(self, sync): self.sync = sync
-    def main_hook(self): self.sync.send()
-    def post_hook(self, is_last_joiner): self.sync.settle()
-
-@patch
-def join_hook(self:StepSync, **kwargs): return _Shadow(self)
-
-# %% ../nbs/07_distributed.ipynb #4a3445df
+# %% ../nbs/07_distributed.ipynb #9cfda951
 sync_modes = {'step':StepSync, 'layer':LayerSync}
 
 def sync_window(
