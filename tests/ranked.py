@@ -1,8 +1,10 @@
 "What the ranks of tests/test_distributed.py run"
-import torch, torch.distributed as dist
+import torch, torchvision, torch.distributed as dist
+from contextlib import nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from fastai_runbn.distributed import sync_window
+from fastai_runbn.surgery import to_bn,to_runbn
 from fastai_runbn.layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d
 
 def norms(model): return [m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
@@ -56,3 +58,56 @@ def as_one(rank, world, mode, steps, kw):
     losses = train(net, [(x[rank*2:rank*2+2],y[rank*2:rank*2+2]) for x,y in batches(steps, 2*world)], torch.optim.SGD(net.parameters(), .05))
     sync.settle()
     return losses,buffers(model)
+
+def micro(rank, world, kw, sizes, steps, n_acc):
+    "As `as_one`, for ranks with batches of `sizes`, `n_acc` of them a step, all but the last under `no_sync`; the loss is one over all samples of a step"
+    model = small(**kw)
+    sync = sync_window(model, 'step')
+    net = DDP(model)
+    opt,losses,first = torch.optim.SGD(net.parameters(), .05),[],sum(sizes[:rank])
+    for i,(x,y) in enumerate(batches(steps*n_acc, sum(sizes))):
+        if i%n_acc==0: opt.zero_grad()
+        x,y = x[first:first+sizes[rank]],y[first:first+sizes[rank]]
+        last = i%n_acc==n_acc-1
+        with nullcontext() if last else net.no_sync():
+            l = nn.functional.cross_entropy(net(x), y, reduction='sum')/sum(sizes)/n_acc*world
+            l.backward()
+        losses.append(l.detach())
+        if last:
+            opt.step()
+            sync.settle()
+            equal_on_all(model)
+    return torch.stack(losses),buffers(model)
+
+class Count:
+    "Counts collectives called from Python, and their bytes"
+    names = 'all_reduce','broadcast','all_gather','all_gather_object','reduce','all_gather_into_tensor','reduce_scatter_tensor'
+    def __enter__(self):
+        self.calls,self.bytes,self.old = [],0,{n:getattr(dist, n) for n in self.names}
+        def counted(name, f):
+            def run(*args, **kwargs):
+                self.calls.append(name)
+                if torch.is_tensor(args[0]): self.bytes += args[0].nbytes
+                return f(*args, **kwargs)
+            return run
+        for n,f in self.old.items(): setattr(dist, n, counted(n, f))
+        return self
+    def __exit__(self, *args):
+        for n,f in self.old.items(): setattr(dist, n, f)
+
+def of_gloo(prof): return sum(e.count for e in prof.key_averages() if e.key.startswith('gloo:') and 'monitored' not in e.key)
+
+def counted(rank, world, arch, mode, steps=3):
+    "Collectives a step from Python, of them all that gloo did, bytes a step, running norms and their channels"
+    if arch=='efficientnet_b0':
+        import timm
+        model = timm.create_model(arch, num_classes=4)
+    else: model = getattr(torchvision.models, arch)(num_classes=4)
+    if mode!='BatchNorm': to_runbn(model)
+    sync = sync_window(model, mode) if mode in ('step','layer') else None
+    net = DDP(model, broadcast_buffers=False)
+    data = [(torch.randn(2,3,32,32),torch.randint(4, (2,))) for _ in range(steps)]
+    opt = torch.optim.SGD(net.parameters(), .01)
+    train(net, data[:2], opt) # DDP arranges its buckets anew after the first step
+    with Count() as count, torch.profiler.profile() as prof: train(net, data, opt)
+    return len(count.calls)/steps,of_gloo(prof)/steps,count.bytes/steps,len(norms(model)),sum(m.num_features for m in norms(model))
