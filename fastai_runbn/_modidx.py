@@ -351,6 +351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'fastai_runbn/distributed.py'),
                                           'fastai_runbn.distributed.WindowSync.check': ( 'distributed.html#windowsync.check',
                                                                                          'fastai_runbn/distributed.py'),
+                                          'fastai_runbn.distributed.WindowSync.check_join': ( 'distributed.html#windowsync.check_join',
+                                                                                              'fastai_runbn/distributed.py'),
                                           'fastai_runbn.distributed.WindowSync.current': ( 'distributed.html#windowsync.current',
                                                                                            'fastai_runbn/distributed.py'),
                                           'fastai_runbn.distributed.WindowSync.detach': ( 'distributed.html#windowsync.detach',
