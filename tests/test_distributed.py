@@ -258,7 +258,7 @@ said = [str(w.message) for w in got if 'sync_bn' in str(w.message)]
 w = learn.model[0].weight.detach().clone()
 all_ = [torch.empty_like(w) for _ in range(2)]
 dist.all_gather(all_, w)
-res = dict(calls=check.calls, said=said, types=[type(m).__name__ for m in learn.model if hasattr(m, 'running_mean')], same=torch.equal(*all_), loss=float(learn.recorder.losses[-1]),
+res = dict(calls=check.calls, said=said, types=[type(m).__name__ for m in learn.model if hasattr(m, 'running_mean')], same=torch.equal(*all_),
     momentum=repr(learn.model[2].momentum), seen=learn.model[2].samples_seen.item(), batches=learn.model[2].num_batches_tracked.item())
 Path(f'{out}/{dist.get_rank()}.json').write_text(json.dumps(res))
 del learn
