@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'unwrapped', 'in_parallel', 'window_sync', 'sync_window']
 
-# %% ../nbs/07_distributed.ipynb #cb9534c5
+# %% ../nbs/07_distributed.ipynb #7f7ab394
 import math
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .moments import average_share,head_start,merge_moments,window,window_share
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin,_full_credit
 
-# %% ../nbs/07_distributed.ipynb #365f1c98
+# %% ../nbs/07_distributed.ipynb #e837412f
 _flat_names = 'window_mean','window_var','window_count','running_mean','running_var','eval_steps' # `(C,)` each
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches'                           # one value each
 
@@ -37,7 +37,7 @@ class _Flat(NamedTuple):
     seen:Tensor
     skipped:Tensor
 
-# %% ../nbs/07_distributed.ipynb #34229d00
+# %% ../nbs/07_distributed.ipynb #b8d0e5f5
 class _Pack:
     "The state of some layers as flat tensors, and back"
     def __init__(self, layers): self.layers,self.sizes,self.L,self.C,self.index = layers,[l.num_features for l in layers],len(layers),sum(l.num_features for l in layers),None
@@ -64,7 +64,7 @@ class _Pack:
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
 
-# %% ../nbs/07_distributed.ipynb #5d8e87be
+# %% ../nbs/07_distributed.ipynb #d127f46f
 @patch
 def wire(self:_Pack, device, rows=6):
     "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
@@ -90,7 +90,7 @@ def numbers(self:_Pack, got, k, like):
     "Item `k`, a number of each layer, as a tensor `(L,)` that is made once"
     return torch.stack([_number(got[i][k] if i in got else 0, like) for i in range(self.L)])
 
-# %% ../nbs/07_distributed.ipynb #33f2fba8
+# %% ../nbs/07_distributed.ipynb #408a612b
 @patch
 def add_moments(self:_Pack, sums, head, notes, mean):
     "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`, $d$ from `mean`; a channel that is not finite adds nothing"
@@ -108,7 +108,7 @@ def add_gradients(self:_Pack, sums, notes, like):
         g = torch.cat([got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)], 1).double()
         sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((self.expand(self.numbers(got, 1, like))[None], g)), 0))
 
-# %% ../nbs/07_distributed.ipynb #d4550442
+# %% ../nbs/07_distributed.ipynb #0e96d7ad
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
     if rule is None: return torch.zeros_like(bs) # it depends on the channel
@@ -133,7 +133,7 @@ def weights(self:_Pack, rules, bs, M, steps):
     none,alike = some([r is None for r in moms]),some([e is None for e in evals])
     return a if none is None else torch.where(none, 1/(steps+1-head_start), a),a_e,alike
 
-# %% ../nbs/07_distributed.ipynb #635709ac
+# %% ../nbs/07_distributed.ipynb #66de5838
 @patch
 def merge(self:_Pack, old, sums, head, rules):
     "Pooled `sums` (of `add_moments`) merged into the state `old`: the new one, the pooled mean and variance, and the batch's share, 0 where it stays out"
@@ -153,7 +153,7 @@ def merge(self:_Pack, old, sums, head, rules):
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
     return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
 
-# %% ../nbs/07_distributed.ipynb #c6d6942a
+# %% ../nbs/07_distributed.ipynb #0ee21b49
 class WindowSync(Joinable):
     "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
     of_empty = False # Does an empty batch take part, too?
@@ -169,6 +169,7 @@ class WindowSync(Joinable):
         self.model,self.group,self.hold,self.handle = model,dist.group.WORLD if group is None else group,False,None
         self.rank,self.world,self.number = dist.get_rank(self.group),dist.get_world_size(self.group),{l:i for i,l in enumerate(found)}
 
+    def __reduce__(self): return type(None),() # a copy of a model is not in the group
     @property
     def device(self): return self.pack.layers[0].window_mean.device
     def __repr__(self): return f'{type(self).__name__}({len(self.names)} norms, {self.pack.C} channels, rank {self.rank} of {self.world})'
@@ -177,7 +178,7 @@ class WindowSync(Joinable):
     @property
     def join_process_group(self): return self.group
 
-# %% ../nbs/07_distributed.ipynb #7977eea4
+# %% ../nbs/07_distributed.ipynb #9b13026e
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
@@ -208,7 +209,7 @@ def check(self:WindowSync):
     for rank,other in enumerate(all_own):
         if what := _difference(all_own[0], other, rank): raise RuntimeError(f"sync_window: {what}. All ranks need the same model, converted with the same settings.")
 
-# %% ../nbs/07_distributed.ipynb #35d4f325
+# %% ../nbs/07_distributed.ipynb #4611e243
 @patch
 @torch.no_grad()
 def share(self:WindowSync):
@@ -263,7 +264,7 @@ _no_join = ("join of uneven inputs: the running norms have a collective of their
 @patch
 def path(self:WindowSync, layer, x): return choose_path(x, layer.window_mean, 'plain' if layer.backend=='plain' or x.numel()==0 else 'auto')
 
-# %% ../nbs/07_distributed.ipynb #af4e82a2
+# %% ../nbs/07_distributed.ipynb #9558f40d
 class LayerSync(WindowSync):
     "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
     mode,of_empty = 'layer',True
@@ -299,11 +300,10 @@ class LayerSync(WindowSync):
         n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
         return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],(credit*(n/_full_credit).clamp(max=1)).to(dbias.dtype) if torch.is_tensor(credit) or credit else credit
 
-# %% ../nbs/07_distributed.ipynb #39c31b13
+# %% ../nbs/07_distributed.ipynb #a42508a2
 class _AfterForward:
-    "Hook of the model's forward; copies of it, in copies of the model, do nothing"
+    "Hook of the model's forward; in a copy of the model it does nothing"
     def __init__(self, sync=None): self.sync = sync
-    def __reduce__(self): return _AfterForward,()
     def __call__(self, module, args, output):
         if self.sync is not None and module.training: self.sync.after_forward(output)
 
@@ -313,7 +313,7 @@ class _Shadow(JoinHook):
     def main_hook(self): self.sync.send()
     def post_hook(self, is_last_joiner): self.sync.settle()
 
-# %% ../nbs/07_distributed.ipynb #1d5dc12c
+# %% ../nbs/07_distributed.ipynb #105d94ed
 class _Local(NamedTuple):
     "A rank's own continuation of the shared window, until the step's is merged"
     state:State
@@ -340,7 +340,7 @@ class StepSync(WindowSync):
         "Is this batch one of several of a step, and not the last?"
         return (self.hold or self.skip) and not self._join_config.enable
 
-# %% ../nbs/07_distributed.ipynb #a819c0d9
+# %% ../nbs/07_distributed.ipynb #55b984b8
 @patch
 def opened(self:StepSync):
     "The local continuation of each layer, begun from the shared window if there is none yet"
@@ -366,7 +366,7 @@ def count(self:StepSync, layer, m, v, bs, M, a, clamped, held, look):
     self.forwards.append((self.number[layer], m, v, M, bs))
     return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, held, look)
 
-# %% ../nbs/07_distributed.ipynb #3e7e5962
+# %% ../nbs/07_distributed.ipynb #e24528c4
 @patch
 def gradient(self:StepSync, layer, x):
     "Credit, running gradient and what takes note of this batch's in the backward"
@@ -402,7 +402,7 @@ def after_backward(self:StepSync):
     self.fold()
     if not self.held: self.send()
 
-# %% ../nbs/07_distributed.ipynb #e5e4d8bd
+# %% ../nbs/07_distributed.ipynb #eaa04c7a
 @patch
 @torch.no_grad()
 def fold(self:StepSync):
@@ -453,7 +453,7 @@ def scale_grad(self:StepSync, scale):
     self.base.grad.mul_(scale)
     for l in self.local.values(): l.grad.mul_(scale)
 
-# %% ../nbs/07_distributed.ipynb #2bbf6e31
+# %% ../nbs/07_distributed.ipynb #0082420d
 def unwrapped(model):
     "The model inside of DistributedDataParallel or DataParallel"
     while isinstance(model, (DistributedDataParallel,DataParallel)): model = model.module
@@ -464,7 +464,7 @@ def in_parallel(model):
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return False
     return any(isinstance(m, DistributedDataParallel) or any('FSDP' in c.__name__ or 'FullySharded' in c.__name__ for c in type(m).__mro__) for m in model.modules())
 
-# %% ../nbs/07_distributed.ipynb #a05f5f83
+# %% ../nbs/07_distributed.ipynb #0d268c3c
 sync_modes = {'step':StepSync, 'layer':LayerSync}
 
 def window_sync(

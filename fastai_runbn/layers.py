@@ -155,7 +155,7 @@ def _apply(self:RunningBatchNormMixin, fn, recurse=True):
 @patch
 def __getstate__(self:RunningBatchNormMixin):
     if self._sync is not None: self._sync.settle()
-    return {**{k:v for k,v in vars(self).items() if k!='_sync'}, '_recent':deque(maxlen=_kept_batches)}
+    return {**vars(self), '_recent':deque(maxlen=_kept_batches)}
 
 # %% ../nbs/03_layers.ipynb #7cad8be5
 @patch
