@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'unwrapped', 'in_parallel', 'window_sync', 'sync_window']
 
-# %% ../nbs/07_distributed.ipynb #7f7ab394
+# %% ../nbs/07_distributed.ipynb #e45da51b
 import math
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .moments import average_share,head_start,merge_moments,window,window_share
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin,_full_credit
 
-# %% ../nbs/07_distributed.ipynb #e837412f
+# %% ../nbs/07_distributed.ipynb #60d6f199
 _flat_names = 'window_mean','window_var','window_count','running_mean','running_var','eval_steps' # `(C,)` each
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches'                           # one value each
 
@@ -37,7 +37,7 @@ class _Flat(NamedTuple):
     seen:Tensor
     skipped:Tensor
 
-# %% ../nbs/07_distributed.ipynb #b8d0e5f5
+# %% ../nbs/07_distributed.ipynb #be482d24
 class _Pack:
     "The state of some layers as flat tensors, and back"
     def __init__(self, layers): self.layers,self.sizes,self.L,self.C,self.index = layers,[l.num_features for l in layers],len(layers),sum(l.num_features for l in layers),None
@@ -57,14 +57,15 @@ class _Pack:
         "Put `new` into the layers"
         bufs,values = [],[]
         for name,t in zip((*_flat_names,'window_grad'), new):
-            bufs += [l._buffers[name] for l in self.layers]
+            bufs += (mine := [l._buffers[name] for l in self.layers])
+            if len({b.dtype for b in mine})==1: t = t.to(mine[0].dtype) # all at once
             values += t.split(self.sizes, -1)
         for name,t in zip(_number_names, new[-3:]):
             bufs += [l._buffers[name].view(()) for l in self.layers]
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
 
-# %% ../nbs/07_distributed.ipynb #d127f46f
+# %% ../nbs/07_distributed.ipynb #31c67bbe
 @patch
 def wire(self:_Pack, device, rows=6):
     "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
@@ -90,7 +91,7 @@ def numbers(self:_Pack, got, k, like):
     "Item `k`, a number of each layer, as a tensor `(L,)` that is made once"
     return torch.stack([_number(got[i][k] if i in got else 0, like) for i in range(self.L)])
 
-# %% ../nbs/07_distributed.ipynb #408a612b
+# %% ../nbs/07_distributed.ipynb #45dd9731
 @patch
 def add_moments(self:_Pack, sums, head, notes, mean):
     "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`, $d$ from `mean`; a channel that is not finite adds nothing"
@@ -108,7 +109,7 @@ def add_gradients(self:_Pack, sums, notes, like):
         g = torch.cat([got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)], 1).double()
         sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((self.expand(self.numbers(got, 1, like))[None], g)), 0))
 
-# %% ../nbs/07_distributed.ipynb #0e96d7ad
+# %% ../nbs/07_distributed.ipynb #43ac634e
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
     if rule is None: return torch.zeros_like(bs) # it depends on the channel
@@ -133,7 +134,7 @@ def weights(self:_Pack, rules, bs, M, steps):
     none,alike = some([r is None for r in moms]),some([e is None for e in evals])
     return a if none is None else torch.where(none, 1/(steps+1-head_start), a),a_e,alike
 
-# %% ../nbs/07_distributed.ipynb #66de5838
+# %% ../nbs/07_distributed.ipynb #be5097c4
 @patch
 def merge(self:_Pack, old, sums, head, rules):
     "Pooled `sums` (of `add_moments`) merged into the state `old`: the new one, the pooled mean and variance, and the batch's share, 0 where it stays out"
@@ -153,7 +154,7 @@ def merge(self:_Pack, old, sums, head, rules):
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
     return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
 
-# %% ../nbs/07_distributed.ipynb #0ee21b49
+# %% ../nbs/07_distributed.ipynb #8615f231
 class WindowSync(Joinable):
     "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
     of_empty = False # Does an empty batch take part, too?
@@ -178,7 +179,7 @@ class WindowSync(Joinable):
     @property
     def join_process_group(self): return self.group
 
-# %% ../nbs/07_distributed.ipynb #9b13026e
+# %% ../nbs/07_distributed.ipynb #3080be4a
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
@@ -209,7 +210,7 @@ def check(self:WindowSync):
     for rank,other in enumerate(all_own):
         if what := _difference(all_own[0], other, rank): raise RuntimeError(f"sync_window: {what}. All ranks need the same model, converted with the same settings.")
 
-# %% ../nbs/07_distributed.ipynb #4611e243
+# %% ../nbs/07_distributed.ipynb #c5e9c200
 @patch
 @torch.no_grad()
 def share(self:WindowSync):
@@ -264,7 +265,7 @@ _no_join = ("join of uneven inputs: the running norms have a collective of their
 @patch
 def path(self:WindowSync, layer, x): return choose_path(x, layer.window_mean, 'plain' if layer.backend=='plain' or x.numel()==0 else 'auto')
 
-# %% ../nbs/07_distributed.ipynb #9558f40d
+# %% ../nbs/07_distributed.ipynb #f9871bdc
 class LayerSync(WindowSync):
     "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
     mode,of_empty = 'layer',True
@@ -300,7 +301,7 @@ class LayerSync(WindowSync):
         n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
         return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],(credit*(n/_full_credit).clamp(max=1)).to(dbias.dtype) if torch.is_tensor(credit) or credit else credit
 
-# %% ../nbs/07_distributed.ipynb #a42508a2
+# %% ../nbs/07_distributed.ipynb #7c89da6f
 class _AfterForward:
     "Hook of the model's forward; in a copy of the model it does nothing"
     def __init__(self, sync=None): self.sync = sync
@@ -313,7 +314,7 @@ class _Shadow(JoinHook):
     def main_hook(self): self.sync.send()
     def post_hook(self, is_last_joiner): self.sync.settle()
 
-# %% ../nbs/07_distributed.ipynb #105d94ed
+# %% ../nbs/07_distributed.ipynb #b8687d1e
 class _Local(NamedTuple):
     "A rank's own continuation of the shared window, until the step's is merged"
     state:State
@@ -340,7 +341,7 @@ class StepSync(WindowSync):
         "Is this batch one of several of a step, and not the last?"
         return (self.hold or self.skip) and not self._join_config.enable
 
-# %% ../nbs/07_distributed.ipynb #55b984b8
+# %% ../nbs/07_distributed.ipynb #bbdb2dfd
 @patch
 def opened(self:StepSync):
     "The local continuation of each layer, begun from the shared window if there is none yet"
@@ -348,7 +349,9 @@ def opened(self:StepSync):
         with torch.inference_mode(False),torch.no_grad():
             self.base = f = self.pack.read()
             f = f._replace(count=f.count/self.world, steps=head_start+(f.steps-head_start)*self.world) # as many values and batches as a rank's own
-            parts = zip(*[t.clone().split(self.pack.sizes, -1) for t in f[:7]], *[t.clone().split(1) for t in f[7:]])
+            dtypes = {l.window_mean.dtype for l in self.pack.layers}
+            one = dtypes.pop() if len(dtypes)==1 else torch.float64
+            parts = zip(*[t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:7]], *[t.clone().split(1) for t in f[7:]])
             self.local = {}
             for l,(*wide,grad,batches,seen,skipped) in zip(self.pack.layers, parts):
                 *wide,grad = [t.to(l.window_mean.dtype) for t in (*wide,grad)]
@@ -366,7 +369,7 @@ def count(self:StepSync, layer, m, v, bs, M, a, clamped, held, look):
     self.forwards.append((self.number[layer], m, v, M, bs))
     return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, held, look)
 
-# %% ../nbs/07_distributed.ipynb #e24528c4
+# %% ../nbs/07_distributed.ipynb #08eeb83f
 @patch
 def gradient(self:StepSync, layer, x):
     "Credit, running gradient and what takes note of this batch's in the backward"
@@ -402,7 +405,7 @@ def after_backward(self:StepSync):
     self.fold()
     if not self.held: self.send()
 
-# %% ../nbs/07_distributed.ipynb #eaa04c7a
+# %% ../nbs/07_distributed.ipynb #832aa941
 @patch
 @torch.no_grad()
 def fold(self:StepSync):
@@ -453,7 +456,7 @@ def scale_grad(self:StepSync, scale):
     self.base.grad.mul_(scale)
     for l in self.local.values(): l.grad.mul_(scale)
 
-# %% ../nbs/07_distributed.ipynb #0082420d
+# %% ../nbs/07_distributed.ipynb #21bfd686
 def unwrapped(model):
     "The model inside of DistributedDataParallel or DataParallel"
     while isinstance(model, (DistributedDataParallel,DataParallel)): model = model.module
@@ -464,7 +467,7 @@ def in_parallel(model):
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return False
     return any(isinstance(m, DistributedDataParallel) or any('FSDP' in c.__name__ or 'FullySharded' in c.__name__ for c in type(m).__mro__) for m in model.modules())
 
-# %% ../nbs/07_distributed.ipynb #0d268c3c
+# %% ../nbs/07_distributed.ipynb #d5f24b6a
 sync_modes = {'step':StepSync, 'layer':LayerSync}
 
 def window_sync(
