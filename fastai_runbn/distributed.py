@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'unwrapped', 'in_parallel', 'window_sync', 'sync_window']
 
-# %% ../nbs/07_distributed.ipynb #e45da51b
+# %% ../nbs/07_distributed.ipynb #ac011d2d
 import math
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from .moments import average_share,head_start,merge_moments,window,window_share
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin,_full_credit
 
-# %% ../nbs/07_distributed.ipynb #60d6f199
+# %% ../nbs/07_distributed.ipynb #6f7a23d6
 _flat_names = 'window_mean','window_var','window_count','running_mean','running_var','eval_steps' # `(C,)` each
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches'                           # one value each
 
@@ -37,10 +37,12 @@ class _Flat(NamedTuple):
     seen:Tensor
     skipped:Tensor
 
-# %% ../nbs/07_distributed.ipynb #be482d24
+# %% ../nbs/07_distributed.ipynb #38c59f00
 class _Pack:
     "The state of some layers as flat tensors, and back"
-    def __init__(self, layers): self.layers,self.sizes,self.L,self.C,self.index = layers,[l.num_features for l in layers],len(layers),sum(l.num_features for l in layers),None
+    def __init__(self, layers):
+        self.layers,self.sizes,self.index = layers,[l.num_features for l in layers],None
+        self.L,self.C = len(layers),sum(self.sizes)
 
     def expand(self, t):
         "One value a layer, `(*,L)`, as one a channel, `(*,C)`"
@@ -65,7 +67,7 @@ class _Pack:
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
 
-# %% ../nbs/07_distributed.ipynb #31c67bbe
+# %% ../nbs/07_distributed.ipynb #c777b552
 @patch
 def wire(self:_Pack, device, rows=6):
     "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
@@ -91,10 +93,10 @@ def numbers(self:_Pack, got, k, like):
     "Item `k`, a number of each layer, as a tensor `(L,)` that is made once"
     return torch.stack([_number(got[i][k] if i in got else 0, like) for i in range(self.L)])
 
-# %% ../nbs/07_distributed.ipynb #45dd9731
+# %% ../nbs/07_distributed.ipynb #c89e63a6
 @patch
 def add_moments(self:_Pack, sums, head, notes, mean):
-    "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`, $d$ from `mean`; a channel that is not finite adds nothing"
+    "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`; a channel that is not finite adds nothing"
     for got in _rounds(notes):
         m,v,M,bs = self.flat(got, 0, mean),self.flat(got, 1, mean),self.numbers(got, 2, mean),self.numbers(got, 3, mean)
         d,n = m-mean,self.expand(M)
@@ -109,7 +111,7 @@ def add_gradients(self:_Pack, sums, notes, like):
         g = torch.cat([got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)], 1).double()
         sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((self.expand(self.numbers(got, 1, like))[None], g)), 0))
 
-# %% ../nbs/07_distributed.ipynb #43ac634e
+# %% ../nbs/07_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
     if rule is None: return torch.zeros_like(bs) # it depends on the channel
@@ -134,7 +136,7 @@ def weights(self:_Pack, rules, bs, M, steps):
     none,alike = some([r is None for r in moms]),some([e is None for e in evals])
     return a if none is None else torch.where(none, 1/(steps+1-head_start), a),a_e,alike
 
-# %% ../nbs/07_distributed.ipynb #be5097c4
+# %% ../nbs/07_distributed.ipynb #b9964da1
 @patch
 def merge(self:_Pack, old, sums, head, rules):
     "Pooled `sums` (of `add_moments`) merged into the state `old`: the new one, the pooled mean and variance, and the batch's share, 0 where it stays out"
@@ -154,7 +156,7 @@ def merge(self:_Pack, old, sums, head, rules):
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
     return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
 
-# %% ../nbs/07_distributed.ipynb #8615f231
+# %% ../nbs/07_distributed.ipynb #7bceddcb
 class WindowSync(Joinable):
     "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
     of_empty = False # Does an empty batch take part, too?
@@ -179,7 +181,7 @@ class WindowSync(Joinable):
     @property
     def join_process_group(self): return self.group
 
-# %% ../nbs/07_distributed.ipynb #3080be4a
+# %% ../nbs/07_distributed.ipynb #19b87b29
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
@@ -210,7 +212,7 @@ def check(self:WindowSync):
     for rank,other in enumerate(all_own):
         if what := _difference(all_own[0], other, rank): raise RuntimeError(f"sync_window: {what}. All ranks need the same model, converted with the same settings.")
 
-# %% ../nbs/07_distributed.ipynb #c5e9c200
+# %% ../nbs/07_distributed.ipynb #e9c5bd73
 @patch
 @torch.no_grad()
 def share(self:WindowSync):
@@ -265,7 +267,7 @@ _no_join = ("join of uneven inputs: the running norms have a collective of their
 @patch
 def path(self:WindowSync, layer, x): return choose_path(x, layer.window_mean, 'plain' if layer.backend=='plain' or x.numel()==0 else 'auto')
 
-# %% ../nbs/07_distributed.ipynb #f9871bdc
+# %% ../nbs/07_distributed.ipynb #d15bda20
 class LayerSync(WindowSync):
     "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
     mode,of_empty = 'layer',True
@@ -299,9 +301,10 @@ class LayerSync(WindowSync):
         pack.add_gradients(sums, [(0, torch.stack((dbias,dweight)), M)], like)
         dist.all_reduce(flat, group=self.group)
         n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
-        return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],(credit*(n/_full_credit).clamp(max=1)).to(dbias.dtype) if torch.is_tensor(credit) or credit else credit
+        if torch.is_tensor(credit) or credit: credit = (credit*(n/_full_credit).clamp(max=1)).to(dbias.dtype)
+        return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],credit
 
-# %% ../nbs/07_distributed.ipynb #7c89da6f
+# %% ../nbs/07_distributed.ipynb #2aeed99e
 class _AfterForward:
     "Hook of the model's forward; in a copy of the model it does nothing"
     def __init__(self, sync=None): self.sync = sync
@@ -314,7 +317,7 @@ class _Shadow(JoinHook):
     def main_hook(self): self.sync.send()
     def post_hook(self, is_last_joiner): self.sync.settle()
 
-# %% ../nbs/07_distributed.ipynb #b8687d1e
+# %% ../nbs/07_distributed.ipynb #b08814c2
 class _Local(NamedTuple):
     "A rank's own continuation of the shared window, until the step's is merged"
     state:State
@@ -341,7 +344,7 @@ class StepSync(WindowSync):
         "Is this batch one of several of a step, and not the last?"
         return (self.hold or self.skip) and not self._join_config.enable
 
-# %% ../nbs/07_distributed.ipynb #bbdb2dfd
+# %% ../nbs/07_distributed.ipynb #8ac6fc89
 @patch
 def opened(self:StepSync):
     "The local continuation of each layer, begun from the shared window if there is none yet"
@@ -369,7 +372,7 @@ def count(self:StepSync, layer, m, v, bs, M, a, clamped, held, look):
     self.forwards.append((self.number[layer], m, v, M, bs))
     return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, held, look)
 
-# %% ../nbs/07_distributed.ipynb #08eeb83f
+# %% ../nbs/07_distributed.ipynb #5450a755
 @patch
 def gradient(self:StepSync, layer, x):
     "Credit, running gradient and what takes note of this batch's in the backward"
@@ -405,7 +408,7 @@ def after_backward(self:StepSync):
     self.fold()
     if not self.held: self.send()
 
-# %% ../nbs/07_distributed.ipynb #832aa941
+# %% ../nbs/07_distributed.ipynb #036c3c7d
 @patch
 @torch.no_grad()
 def fold(self:StepSync):
@@ -456,7 +459,7 @@ def scale_grad(self:StepSync, scale):
     self.base.grad.mul_(scale)
     for l in self.local.values(): l.grad.mul_(scale)
 
-# %% ../nbs/07_distributed.ipynb #21bfd686
+# %% ../nbs/07_distributed.ipynb #3e71173c
 def unwrapped(model):
     "The model inside of DistributedDataParallel or DataParallel"
     while isinstance(model, (DistributedDataParallel,DataParallel)): model = model.module
@@ -465,9 +468,10 @@ def unwrapped(model):
 def in_parallel(model):
     "Is `model` trained by several processes together: wrapped in DistributedDataParallel or FSDP, with more than one rank?"
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return False
-    return any(isinstance(m, DistributedDataParallel) or any('FSDP' in c.__name__ or 'FullySharded' in c.__name__ for c in type(m).__mro__) for m in model.modules())
+    def wraps(m): return isinstance(m, DistributedDataParallel) or any(o in c.__name__ for c in type(m).__mro__ for o in ('FSDP','FullySharded'))
+    return any(map(wraps, model.modules()))
 
-# %% ../nbs/07_distributed.ipynb #d5f24b6a
+# %% ../nbs/07_distributed.ipynb #7e1f74bf
 sync_modes = {'step':StepSync, 'layer':LayerSync}
 
 def window_sync(

@@ -287,6 +287,17 @@ def twice(rank, world):
     torch.testing.assert_close(model[1].window_mean, c.mean((0,2,3)), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(model[1].window_var, c.var((0,2,3), correction=0), rtol=1e-10, atol=1e-10)
 
+def again(rank, world, mode, times):
+    "The window after `times` backwards on one graph"
+    model = small()
+    sync = sync_window(model, mode)
+    for x,y in batches(3, 2*world):
+        loss = nn.functional.cross_entropy(model(share_of(rank, world, x)), share_of(rank, world, y))
+        for _ in range(times): loss.backward(retain_graph=True)
+    sync.settle()
+    equal_on_all(model)
+    return buffers(model)
+
 def checkpointed(rank, world, mode, reentrant):
     "Windows of a model whose activations are checkpointed, `reentrant` or not (`None`: not checkpointed)"
     model = small()
