@@ -122,7 +122,8 @@ def _pooled_weight(rule, bs, M):
 @patch
 def rules(self:_Pack):
     "The layers' momentum and length of the average, as they are now"
-    return [(r.detach().clone() if torch.is_tensor(r := l.momentum) else r,l.eval_window) for l in self.layers]
+    kept = {id(r):r.detach().clone() for l in self.layers if torch.is_tensor(r := l.momentum)} # a schedule's, which goes on
+    return [(kept.get(id(l.momentum), l.momentum),l.eval_window) for l in self.layers]
 
 @patch
 def weights(self:_Pack, rules, bs, M, steps):
@@ -490,5 +491,5 @@ def sync_window(
     if (old := window_sync(model)) is not None: old.detach()
     if mode is None: return None
     if not (dist.is_available() and dist.is_initialized()): raise RuntimeError("sync_window: torch.distributed is not initialised. Call `dist.init_process_group`, or start with torchrun and `learn.distrib_ctx()`.")
-    if dist.get_world_size(process_group)==1: return None
+    if dist.get_world_size(process_group)<2: return None
     return sync_modes[mode](unwrapped(model), process_group).attach()

@@ -253,7 +253,7 @@ class RunningBatchNorm3d(RunningBatchNormMixin, nn.BatchNorm3d): "Running batch 
 RunningBatchNorm = RunningBatchNorm2d
 
 # %% ../nbs/03_layers.ipynb #c2fa2f18
-class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process"
+class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process, unless `sync_window` has it shared"
 
 # %% ../nbs/03_layers.ipynb #32347bdd
 def _act_forward(self, x):

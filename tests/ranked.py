@@ -54,11 +54,20 @@ def bit_equal(rank, world, mode, steps, dtype, broadcast, bs=2, kw={}):
     assert all(b.isfinite().all() for b in res.values())
     return res
 
-def as_one(rank, world, mode, steps, kw):
+class Schedule:
+    "A pre-hook that sets `t` anew for each forward, as `RunBNSchedule` does"
+    def __init__(self, t): self.t,self.n = t,0
+    def __call__(self, *_): self.t.fill_(.5-.01*self.n); self.n += 1
+
+def as_one(rank, world, mode, steps, kw, scheduled=False):
     "Losses and the window of ranks that have two samples of each batch"
     model = small(**kw)
+    if scheduled:
+        shared = torch.zeros((), dtype=torch.float64)
+        for m in norms(model): m.momentum = shared
     sync = sync_window(model, mode)
     net = DDP(model)
+    if scheduled: model[0].register_forward_pre_hook(Schedule(shared))
     losses = train(net, [(x[rank*2:rank*2+2],y[rank*2:rank*2+2]) for x,y in batches(steps, 2*world)], torch.optim.SGD(net.parameters(), .05))
     sync.settle()
     return losses,buffers(model)

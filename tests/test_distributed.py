@@ -51,6 +51,20 @@ def test_layer_is_one_process_with_the_whole_batch(two, kw):
     same((l0+l1)/2, losses)
     same_buffers(b0, ranked.buffers(model), scale=2)
 
+@pytest.mark.parametrize('mode', ['layer','step'])
+def test_a_scheduled_momentum(two, mode):
+    "A tensor that changes from step to step: the pooled batch has the weight of its own step"
+    (l0,b0),(l1,_) = two(ranked.as_one, mode, 10, {}, True)
+    model = ranked.small()
+    shared = torch.zeros((), dtype=torch.float64)
+    for m in ranked.norms(model): m.momentum = shared
+    model[0].register_forward_pre_hook(ranked.Schedule(shared))
+    losses = ranked.train(model, ranked.batches(10, 4), torch.optim.SGD(model.parameters(), .05 if mode=='layer' else 0.))
+    if mode=='layer':
+        same((l0+l1)/2, losses)
+        same_buffers(b0, ranked.buffers(model), scale=2)
+    else: same(b0['1.window_count'], model[1].window_count) # made of the weights alone
+
 @settings
 @pytest.mark.parametrize('sizes,n_acc', [((2,2),1), ((3,1),1), ((2,2),3)], ids=['even','uneven','accumulated'])
 def test_step_is_the_delay_written_out(two, kw, sizes, n_acc):
