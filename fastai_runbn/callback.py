@@ -7,16 +7,18 @@ __all__ = ['filters_to_centre', 'centre', 'RunBNCallback']
 
 # %% ../nbs/06_callback.ipynb #c06f10ae
 import warnings
-import torch
+import torch, torch.distributed as dist
 from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
+from fastai.torch_core import find_bs,rank_distrib
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from .layers import RunningBatchNormMixin,runbn_settings
 from .moments import window as window_rule
 from .schedule import unschedule
+from .distributed import in_parallel,sync_modes,sync_window,unwrapped,window_sync
 from . import surgery
 
 # %% ../nbs/06_callback.ipynb #39a06d78
@@ -60,20 +62,21 @@ class RunBNCallback(Callback):
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
         window:str|None='accumulate', # With `GradientAccumulation(n_acc)`, a window of `3*n_acc` samples, if that is longer and no `momentum` is given; `None`: never
         centre:bool|None=None, # Keep the filters before the norms centred (Yan et al., 2020)? `None`: in nets that start untrained, or centred, and with `credit`
+        sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
         if window not in (None,'accumulate'): raise ValueError(f"window={window!r}: 'accumulate' or None was expected; a window of so many samples is momentum=window(samples).")
-
         if centre not in (None,True,False): raise ValueError(f"centre={centre!r}: True, False or None was expected.")
-        self.choice,self.settings,self.window = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,window
+        if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
+        self.choice,self.settings,self.window,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,window,sync
         self.centre,self.centred = False if centre is None and kwargs.get('credit')==0 else centre,{}
-        self._looked,self._scale,self._momentum = False,1.,runbn_settings()['momentum']
+        self._looked,self._scale,self._momentum,self._sync = False,1.,runbn_settings()['momentum'],None
 
     @property
     def report(self):
         "What became of every norm of the model, as it is now"
-        return surgery.surgery_report(self.learn.model, **self.choice)
+        return surgery.surgery_report(unwrapped(self.learn.model), **self.choice)
 
     def before_fit(self):
         "Convert what is not converted yet; the window and statistics of what is stay as they are"
@@ -83,7 +86,15 @@ class RunBNCallback(Callback):
         if not self._looked or self.report.convertible:
             surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
             self._looked = True
-        self.centred = {} if self.centre is False else filters_to_centre(self.learn.model, [r.name for r in self.report.running if not r.why], self.centre)
+        self.centred = {} if self.centre is False else filters_to_centre(unwrapped(self.learn.model), [r.name for r in self.report.running if not r.why], self.centre)
+        self.keep_norms()
+
+    def keep_norms(self):
+        "Switch `sync_bn` of fastai's DistributedTrainer off, which would replace running norms by SyncBatchNorm"
+        for cb in self.learn.cbs:
+            if type(cb).__name__!='DistributedTrainer' or not cb.sync_bn: continue
+            cb.sync_bn = False
+            if not rank_distrib(): warnings.warn(f"RunBNCallback(sync={self.sync!r}) has switched off sync_bn of DistributedTrainer, which would have made SyncBatchNorm of the running norms.")
 
 # %% ../nbs/06_callback.ipynb #bd92b0d9
 @patch
@@ -98,27 +109,50 @@ def after_step(self:RunBNCallback):
 
 # %% ../nbs/06_callback.ipynb #8d71084a
 @patch
-def before_train(self:RunBNCallback):
-    "Where several batches are accumulated in this fit, a window of three times as many samples, if that is longer than the default"
+def _accumulating(self:RunBNCallback): return next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+
+@patch
+def lengthen(self:RunBNCallback):
+    "Where several batches are accumulated in this fit, a window of three times as many samples, of all ranks that share one, if that is longer than the default"
     if not self.window or 'momentum' in self.settings: return
-    acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+    acc,ranks = self._accumulating(),dist.get_world_size() if self.sync and in_parallel(self.learn.model) else 1
     default,old = runbn_settings()['momentum'],self._momentum
     self._momentum = default
-    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and 3*acc.n_acc>default.samples: self._momentum = window_rule(3*acc.n_acc)
+    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and (n := 3*ranks*acc.n_acc)>default.samples: self._momentum = window_rule(n)
     for r in self.report.running:
-        m = self.learn.model.get_submodule(r.name)
+        m = unwrapped(self.learn.model).get_submodule(r.name)
         if r.why or hasattr(m, '_unscheduled') or m.momentum==self._momentum: continue # a schedule goes first
         if m.momentum in (default,old): m.set_settings(momentum=self._momentum)      # and so does a layer's own
+
+# %% ../nbs/06_callback.ipynb #3c1b2225
+@patch
+def before_train(self:RunBNCallback):
+    "Set the window's length, and on several ranks have them share it"
+    if self is not next(cb for cb in self.learn.cbs if isinstance(cb, RunBNCallback)): return
+    self.lengthen()
+    have,want = window_sync(self.learn.model),self.sync if in_parallel(self.learn.model) else None
+    if have and (have.mode!=want or not have.current(self.learn.model)): have = sync_window(self.learn.model, None)
+    if want and not have: have = sync_window(self.learn.model, want)
+    if have: have.hold = False
+    self._sync = have
+
+@patch
+def after_fit(self:RunBNCallback):
+    "Merge what is on its way"
+    if self._sync: self._sync.settle()
 
 # %% ../nbs/06_callback.ipynb #876bd008
 @patch
 def before_backward(self:RunBNCallback):
-    "Bring the running gradients to the loss scale of this step"
+    "Bring the running gradients to the loss scale of this step; on several ranks, of batches that are accumulated the last one sends"
+    sync = self._sync
+    if sync: sync.hold = (acc := self._accumulating()) is not None and acc.count+find_bs(self.learn.yb)<acc.n_acc
     scaler = getattr(self.learn, 'scaler', None)
     scale = scaler.get_scale() if scaler else 1.
     if scale!=self._scale:
         for m in self.learn.model.modules():
             if isinstance(m, RunningBatchNormMixin): m.window_grad.mul_(scale/self._scale)
+        if sync: sync.scale_grad(scale/self._scale)
     self._scale = scale
 
 # %% ../nbs/06_callback.ipynb #38af02ac

@@ -326,9 +326,9 @@ def choose_path(
 class _Normalize(Function):
     "`(x-mean)/sqrt(var+eps)*weight + bias`, with the gradient of a running norm in its backward"
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, rho, free, window_grad, credit, eps, clamped, path, y):
+    def forward(ctx, x, weight, bias, mean, var, rho, free, window_grad, credit, eps, clamped, path, y, sync):
         ctx.save_for_backward(x, weight, mean, var, rho, free)
-        ctx.window_grad,ctx.credit,ctx.eps,ctx.clamped,ctx.path,ctx.bias_dtype,ctx.first = window_grad,credit,eps,clamped,path,None if bias is None else bias.dtype,None
+        ctx.window_grad,ctx.credit,ctx.eps,ctx.clamped,ctx.path,ctx.bias_dtype,ctx.first,ctx.sync = window_grad,credit,eps,clamped,path,None if bias is None else bias.dtype,None,sync
         if path is compiled: return y[0] # computed already
         return (path or plain).affine(x, mean, var, eps, *_as_stats(mean, weight, bias), *y)
 
@@ -339,7 +339,7 @@ class _Normalize(Function):
         else:
             with torch.no_grad(): grads = _running_grads(ctx, dy, *saved)
             if not torch.compiler.is_compiling(): grads = _Once.apply(saved[0], dy, saved[1], *grads)
-        return *grads,None,None,None,None,None,None,None,None,None,None
+        return *grads,*[None]*11
 
 
 
@@ -356,7 +356,9 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
             return grads(*got)
         path = choose_path(x, mean)
     def credited(dbias, dweight):
-        G,ctx.first = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free, ctx.clamped, ctx.window_grad, ctx.credit, ctx.first, look=path is on_cpu)
+        M,credit = x.numel()//x.shape[1],ctx.credit
+        if ctx.sync is not None: dbias,dweight,M,credit = ctx.sync(dbias, dweight, M, credit, free, ctx.clamped, ctx.first is not None)
+        G,ctx.first = _credited(dbias, dweight, M, rho, free, ctx.clamped, ctx.window_grad, credit, ctx.first, look=path is on_cpu)
         return G
     return grads(*path.grads(dy, x, mean, var, ctx.eps, w, credited, need_dx))
 
@@ -418,10 +420,11 @@ def normalize(
     clamped:bool=True, # May a variance be at its floor? If not, that is not looked at
     path=None, # From `choose_path`; default: the plain formulas
     y:Tensor=None, # Memory for the result
+    sync=None, # Called in the backward with this process's sums, from which it makes those to credit (of `distributed`)
 )->Tensor: # $y$, as `x`
     "Normalise `x` with given statistics; the gradient is that of a running norm"
     apply = _Normalize.apply if torch.compiler.is_compiling() else _apply # without torch.func's part, which has no place here
-    return apply(x, weight, bias, *stats, window_grad, credit, eps, clamped, path, [y])
+    return apply(x, weight, bias, *stats, window_grad, credit, eps, clamped, path, [y], sync)
 
 _apply = super(Function, _Normalize).apply
 

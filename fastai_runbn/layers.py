@@ -51,6 +51,7 @@ window_buffers = ('window_mean','window_var','window_count','window_grad','eval_
 
 class RunningBatchNormMixin:
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
+    _sync = None # What keeps the window equal on several processes, of `distributed`
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the variance
@@ -93,6 +94,7 @@ def _make_window(self:RunningBatchNormMixin):
 @patch
 def make_plain(self:RunningBatchNormMixin):
     "Remove the settings and buffers that `make_running` added, but for `momentum`"
+    if self._sync is not None: self._sync.detach()
     for name in (*window_buffers,'clamp_floor'):
         self._buffers.pop(name, None)
         self._non_persistent_buffers_set.discard(name)
@@ -103,6 +105,7 @@ def make_plain(self:RunningBatchNormMixin):
 @torch.no_grad()
 def seed_window(self:RunningBatchNormMixin):
     "Start the window from `running_mean` and `running_var`: full if they were trained, empty if not; forgets the running gradient"
+    if self._sync is not None: self._sync.settle(drop=True)
     trained = (self.num_batches_tracked>0) | (self.running_mean!=0).any() | (self.running_var!=1).any()
     self.window_mean.copy_(self.running_mean); self.window_var.copy_(self.running_var)
     self.window_count.copy_(torch.where(trained, -1., 0.))
@@ -116,12 +119,19 @@ def seed_window(self:RunningBatchNormMixin):
 @patch
 def reset_running_stats(self:RunningBatchNormMixin):
     "Forget all statistics, as BatchNorm's method does, and the window with them"
+    if self._sync is not None: self._sync.settle(drop=True)
     super(RunningBatchNormMixin, self).reset_running_stats()
     if 'window_mean' in self._buffers: self.seed_window()
 
 # %% ../nbs/03_layers.ipynb #b01e878f
 @patch
+def _save_to_state_dict(self:RunningBatchNormMixin, *args, **kwargs):
+    if self._sync is not None: self._sync.settle()
+    super(RunningBatchNormMixin, self)._save_to_state_dict(*args, **kwargs)
+
+@patch
 def _load_from_state_dict(self:RunningBatchNormMixin, state_dict, prefix, *args, **kwargs):
+    if self._sync is not None: self._sync.settle(drop=True)
     stored,own = any(prefix+n in state_dict for n in window_buffers),set(self._non_persistent_buffers_set)
     self._non_persistent_buffers_set -= set(window_buffers)
     if not stored: self._non_persistent_buffers_set |= set(window_buffers)
@@ -133,6 +143,7 @@ def _load_from_state_dict(self:RunningBatchNormMixin, state_dict, prefix, *args,
 # %% ../nbs/03_layers.ipynb #f8466e38
 @patch
 def _apply(self:RunningBatchNormMixin, fn, recurse=True):
+    if self._sync is not None: self._sync.settle(drop=True)
     wide = {n:self._buffers[n] for n in (*window_buffers,'clamp_floor')}
     super(RunningBatchNormMixin, self)._apply(fn, recurse)
     for n,old in wide.items():
@@ -142,7 +153,9 @@ def _apply(self:RunningBatchNormMixin, fn, recurse=True):
     return self
 
 @patch
-def __getstate__(self:RunningBatchNormMixin): return {**vars(self), '_recent':deque(maxlen=_kept_batches)}
+def __getstate__(self:RunningBatchNormMixin):
+    if self._sync is not None: self._sync.settle()
+    return {**vars(self), '_recent':deque(maxlen=_kept_batches)}
 
 # %% ../nbs/03_layers.ipynb #7cad8be5
 @patch
@@ -191,17 +204,23 @@ def _clamped(self:RunningBatchNormMixin, path):
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
     "Normalise `x`, `(N,C,*)`: with the window in training, which it updates, and with `running_mean`/`running_var` in evaluation"
     self._check_input_dim(x)
-    if not self.training or x.numel()==0:
+    return self._normalized(x) if self._sync is None else self._sync(self, x)
+
+@patch
+def _normalized(self:RunningBatchNormMixin, x, sync=None):
+    "What `forward` returns; `sync` keeps the window"
+    if not self.training or x.numel()==0 and not getattr(sync, 'of_empty', False):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
     if x.shape[1]!=self.num_features: raise RuntimeError(f"{type(self).__name__} of {self.num_features} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
-        path = choose_path(x, self.window_mean, self.backend)
-        stats,clamped,path,y = self._statistics(x.detach(), path)
-        y = normalize(x, stats, self.weight, self.bias, self.credit*trust(x.numel()//x.shape[1]), self.window_grad, self.eps, clamped, path, y)
+        path = choose_path(x, self.window_mean, self.backend) if sync is None else sync.path(self, x)
+        stats,clamped,path,y = self._statistics(x.detach(), path, sync)
+        credit,grad,pool = (self.credit*trust(x.numel()//x.shape[1]),self.window_grad,None) if sync is None else sync.gradient(self, x)
+        y = normalize(x, stats, self.weight, self.bias, credit, grad, self.eps, clamped, path, y, pool)
     return y if type(x) in (Tensor,nn.Parameter,type(y)) else y.as_subclass(type(x))
 
 @patch
-def _statistics(self:RunningBatchNormMixin, x, path):
+def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
     "What to normalise `x` with: merges it in, unless it was before; may a variance be at its floor; the path; memory for the result, or the result itself"
     eager = not torch.compiler.is_compiling()
     if eager:
@@ -217,7 +236,8 @@ def _statistics(self:RunningBatchNormMixin, x, path):
         else: y,stats,(m,v) = got
     if got is None:
         m,v,y = path.moments(x)
-        stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, held, path is on_cpu))
+        if sync is None: stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, held, path is on_cpu))
+        else: stats = sync.count(self, m, v, bs, M, a, clamped, held, path is on_cpu)
     if eager:
         self._recent.appendleft(((m,v),stats))
         if self.path!=path.name: self.path = path.name
@@ -230,7 +250,7 @@ class RunningBatchNorm3d(RunningBatchNormMixin, nn.BatchNorm3d): "Running batch 
 RunningBatchNorm = RunningBatchNorm2d
 
 # %% ../nbs/03_layers.ipynb #c2fa2f18
-class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process"
+class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process, unless `sync_window` has it shared"
 
 # %% ../nbs/03_layers.ipynb #32347bdd
 def _act_forward(self, x):

@@ -32,10 +32,10 @@ def lesson10_momentum(
 
 # %% ../nbs/01_moments.ipynb #d244d3dc
 def trust(
-    M:int, # Values per channel in a batch
-)->float: # In (0,1]
-    "How far to trust the averages of such a batch's small sums: in full from 32 values per channel on"
-    return min(1, M/32)
+    M:int|Tensor, # Values per channel in a batch
+)->float|Tensor: # In [0,1]
+    "How far to trust what is averaged over so few values: in full from 32 on"
+    return (M/32).clamp(max=1) if torch.is_tensor(M) else min(1, M/32)
 
 @dataclass(frozen=True)
 class window:
@@ -46,9 +46,8 @@ class window:
         for n in (self.samples,self.samples if self.few is None else self.few):
             if not n>0: raise ValueError(f"window({n!r}): a number of samples over 0 was expected.")
     def __repr__(self): return f'window({self.samples:g})' if self.few is None else f'window({self.samples:g}, few={self.few:g})'
-    def __call__(self, bs:int, M:int=None)->float:
-        n = self.samples if self.few is None or M is None else self.few+(self.samples-self.few)*trust(M)
-        return min(1., bs/n)
+    def length(self, M:int|Tensor=None)->float|Tensor: return self.samples if self.few is None or M is None else self.few+(self.samples-self.few)*trust(M)
+    def __call__(self, bs:int, M:int=None)->float: return min(1., bs/self.length(M))
 
 # %% ../nbs/01_moments.ipynb #389223af
 def batch_weight(

@@ -6,6 +6,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]]
 compiled = ['tests/test_compile.py']
+ranks = ['tests/test_distributed.py','-k','written_out or one_process or may_read or nan or last_batches or retained']
 
 # what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
 mutations = [
@@ -16,7 +17,7 @@ mutations = [
     ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
     ('credit and its complement swapped', 'functional', 'G = torch.lerp(own, new, credit)', 'G = torch.lerp(new, own, credit)', quick),
     ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
-    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path)', 'self._statistics(x, path)', quick),
+    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, sync)', 'self._statistics(x, path, sync)', quick),
     ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
     ('moments that are not finite merged', 'functional', 'ok = var<math.inf', 'ok = (var==var)|True', quick),
@@ -32,7 +33,16 @@ mutations = [
     ('evaluation follows the training window', 'layers', 'a_e = None if self.eval_window is None else min(1, bs/self.eval_window)', 'a_e = None', quick),
     ('a second backward owes what the first left', 'functional', 'if first is not None: return own+first[0]-first[1],first', '', quick),
     ('the scale of G on CUDA', 'functional', 'G2/rstd', 'G2*rstd', quick),
-    ('a compiled backward computes the statistics again', 'functional', '.keep(torch.stack(ts)).unbind() if', '.keep(torch.stack(ts)).unbind() if False and', compiled)]
+    ('a compiled backward computes the statistics again', 'functional', '.keep(torch.stack(ts)).unbind() if', '.keep(torch.stack(ts)).unbind() if False and', compiled),
+    ('ranks: merged into what the buffers hold by then', 'distributed', 'self.pack.merge(base, sums[:3], head, rules)', 'self.pack.merge(self.pack.read(), sums[:3], head, rules)', ranks),
+    ('ranks: all batches weigh the same', 'distributed', 'd,n = m-mean,self.expand(M)', 'd,n = m-mean,self.expand((M>0).to(M.dtype)*M.max())', ranks),
+    ('ranks: channels that are not finite sent', 'distributed', 'torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)', 'torch.stack((n, n*d, n*q))', ranks),
+    ("ranks: one rank's weight for the batch of all", 'distributed', '(bs/rule.length(M)).clamp(max=1)', '(bs/2/rule.length(M)).clamp(max=1)', ranks),
+    ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
+    ('ranks: gradients noted in every backward', 'distributed', 'if not again and (torch', 'if (torch', ranks),
+    ('ranks: sent with each batch that is accumulated', 'distributed', 'self.fold()\n    if not self.held: self.send()', 'self.fold()\n    self.send()', ranks),
+    ('ranks: the running gradient not merged', 'distributed', 'self.pack.write(new._replace(grad=self.merged_grad(base, sums, share)))', 'self.pack.write(new)', ranks),
+    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks)]
 
 def copy(to):
     "What git tracks or would, in another folder"
@@ -62,7 +72,7 @@ def main(word=''):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,compiled):
+        for tests in (quick,compiled,ranks):
             if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')

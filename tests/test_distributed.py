@@ -1,0 +1,319 @@
+"Several processes, one window: gloo on this machine, each test in bounded time"
+import os,subprocess,sys
+from pathlib import Path
+import pytest,torch
+from torch import nn
+from fastai_runbn.distributed import sync_window,window_sync
+from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
+import ranked
+from delayed import DelayedNorm,delayed,train_delayed
+from ranks import Ranks
+
+root = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope='module')
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+@pytest.fixture(scope='module')
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+def same(a, b, tol=1e-10): torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+def same_buffers(a, b, tol=1e-10, scale=1):
+    "`scale`: of the gradients of `b`, whose losses may be means of other batches"
+    assert a.keys()==b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k]*scale if k.endswith('window_grad') else b[k], rtol=tol, atol=tol, msg=lambda m, k=k: f'{k}: {m}')
+
+# one window
+
+@pytest.mark.parametrize('mode,dtype,broadcast', [('step',torch.float32,True), ('step',torch.float64,False), ('layer',torch.float32,False)], ids=str)
+def test_windows_are_bit_equal_after_each_of_200_steps(two, mode, dtype, broadcast):
+    a,b = two(ranked.bit_equal, mode, 200, dtype, broadcast)
+    for k in a: assert torch.equal(a[k], b[k])
+    assert a['1.num_batches_tracked']==200 and a['1.samples_seen']==800
+
+@pytest.mark.parametrize('mode', ['step','layer'])
+def test_windows_of_four_are_bit_equal_after_each_of_200_steps(four, mode): four(ranked.bit_equal, mode, 200, torch.float32, True)
+
+settings = pytest.mark.parametrize('kw', [{}, LESSON10, dict(momentum=None, eval_window=None, credit=.5)], ids=['default','lesson10','cumulative'])
+
+@settings
+def test_layer_is_one_process_with_the_whole_batch(two, kw):
+    "Two ranks of two against one process of four"
+    (l0,b0),(l1,_) = two(ranked.as_one, 'layer', 30, kw)
+    model = ranked.small(**kw)
+    losses = ranked.train(model, ranked.batches(30, 4), torch.optim.SGD(model.parameters(), .05))
+    same((l0+l1)/2, losses)
+    same_buffers(b0, ranked.buffers(model), scale=2)
+
+@pytest.mark.parametrize('mode', ['layer','step'])
+def test_a_scheduled_momentum(two, mode):
+    "A tensor that changes from step to step: the pooled batch has the weight of its own step"
+    (l0,b0),(l1,_) = two(ranked.as_one, mode, 10, {}, True)
+    model = ranked.small()
+    shared = torch.zeros((), dtype=torch.float64)
+    for m in ranked.norms(model): m.momentum = shared
+    model[0].register_forward_pre_hook(ranked.Schedule(shared))
+    losses = ranked.train(model, ranked.batches(10, 4), torch.optim.SGD(model.parameters(), .05 if mode=='layer' else 0.))
+    if mode=='layer':
+        same((l0+l1)/2, losses)
+        same_buffers(b0, ranked.buffers(model), scale=2)
+    else: same(b0['1.window_count'], model[1].window_count) # made of the weights alone
+
+@settings
+@pytest.mark.parametrize('sizes,n_acc', [((2,2),1), ((3,1),1), ((2,2),3)], ids=['even','uneven','accumulated'])
+def test_step_is_the_delay_written_out(two, kw, sizes, n_acc):
+    "`sync='step'` against one process that does the same with formulas at full length; accumulated under `no_sync`"
+    steps = 20
+    got = two(ranked.micro, kw, sizes, steps, n_acc)
+    model = delayed(ranked.small(**kw), 2)
+    data = [[(x,y,2/sum(sizes)/n_acc) for x,y in zip(xs.split(sizes), ys.split(sizes))] for xs,ys in ranked.batches(steps*n_acc, sum(sizes))]
+    losses = train_delayed(model, [data[i:i+n_acc] for i in range(0, len(data), n_acc)], 2)
+    for (l,_),m in zip(got, losses): same(l, m)
+    for i,l in enumerate(model):
+        if not isinstance(l, DelayedNorm): continue
+        b = {k.split('.')[1]:v for k,v in got[0][1].items() if k.startswith(f'{i}.')}
+        for k,v in dict(window_mean=l.mean, window_var=l.var, window_count=l.n, running_mean=l.avg_mean, running_var=l.avg_var, window_grad=torch.stack((l.g1,l.g2))).items(): same(b[k], v)
+        assert (b['samples_seen'].item(),b['num_batches_tracked'].item(),b['skipped_batches'].item()) == (l.seen,l.t,0)
+
+# collectives
+
+channels = dict(resnet18=(20,4800), resnet50=(53,26560), efficientnet_b0=(49,21008))
+@pytest.mark.parametrize('arch', channels)
+def test_collectives_of_a_step(two, arch):
+    "From Python, and of all that gloo did less those of DDP alone; SyncBatchNorm has 2 a layer (in its source: it does not run on a CPU), as 'layer' has"
+    L,C = channels[arch]
+    _,ddp,*_ = two(ranked.counted, arch, 'BatchNorm')[0]
+    for mode,most in (('step',1),('layer',2*L)):
+        if mode=='layer' and arch!='resnet18': continue # 10 s each
+        mine,of_gloo,nbytes,norms,chans = two(ranked.counted, arch, mode)[0]
+        assert (norms,chans)==(L,C) and mine==most and of_gloo-ddp==most
+        assert nbytes==8*(6*C+(3*L if mode=='step' else 2*3*L))
+
+def test_sync_batch_norm_has_two_a_layer():
+    "Read in its source: one gather in the forward, one sum in the backward"
+    import inspect
+    from torch.nn.modules import _functions
+    f,b = [inspect.getsource(getattr(_functions.SyncBatchNorm, o)) for o in ('forward','backward')]
+    assert ('all_gather' in f, 'all_reduce' in f, 'all_gather' in b, 'all_reduce' in b) == (True,False,False,True)
+
+# uneven, empty and bad batches
+
+@pytest.mark.parametrize('mode', ['step','layer'])
+@pytest.mark.parametrize('last', [(2,1),(2,0),(0,3)], ids=str)
+def test_last_batches_that_differ(two, mode, last):
+    "A last batch that is smaller on one rank, or empty, counts for what it has: the window is that of one process with all of it"
+    before,after,w = two(ranked.uneven, mode, last)[0]
+    model = ranked.small()
+    for p,v in zip(model.parameters(), w): p.data.copy_(v)
+    for k,b in model.named_buffers():
+        if k in before: b.copy_(before[k])
+    x,_ = ranked.batches(1, sum(last), seed=9)[0]
+    model(x)
+    names = 'window_mean','window_var','window_count','running_mean','running_var','samples_seen','num_batches_tracked','eval_steps'
+    for n in names: same(after[f'1.{n}'], model.get_buffer(f'1.{n}'))       # deeper layers see what theirs normalised with
+    if mode=='layer': same_buffers({k:v for k,v in after.items() if 'grad' not in k}, {k:v for k,v in ranked.buffers(model).items() if 'grad' not in k})
+
+@pytest.mark.parametrize('mode', ['step','layer'])
+def test_a_nan_on_one_rank_poisons_nobody(two, mode):
+    "Its channels stay out of the window, of all ranks alike; a good rank's batch is in"
+    (a,skipped),(b,_) = two(ranked.bad_batch, mode, 1)
+    for k in a: assert torch.equal(a[k], b[k])
+    assert skipped==[1,1,1] and a['1.num_batches_tracked']==4
+    (conv,norm,*_),mean,n = ranked.small(),0.,0.
+    for i,(x,_) in enumerate(ranked.batches(4, 4)):
+        c = conv(x[:2] if i==2 else x).detach() # of the third only what rank 0 had; the batch weighs what its four samples do
+        M = c.numel()//4
+        w = norm.momentum(4, M)
+        n = (1-w)*n+w*M
+        mean = mean+w*M/n*(c.mean((0,2,3))-mean)
+    same(a['1.window_mean'], mean)
+
+def test_a_dead_rank_is_an_error_and_no_broken_checkpoint(tmp_path):
+    "The error is torch.distributed's; what the others can save afterwards is the last window that all had"
+    for mode in ('step','layer'):
+        ranks = Ranks(2, seconds=10)
+        try: (ok,res), = ranks.all(ranked.dies, mode, str(tmp_path), timeout=60, but=(1,)).values()
+        finally: ranks.kill()
+        assert ok, res
+        told,kept,finite = res
+        assert 'RuntimeError' in told or 'DistBackendError' in told or 'DistNetworkError' in told, told
+        assert finite and (kept or mode=='layer') # within a layer there is no step that all have finished
+        saved = torch.load(tmp_path/'0.pt', weights_only=True)
+        ranked.small().load_state_dict(saved)
+
+@pytest.mark.parametrize('what,said', [('number',"rank 0 has 3 running norms, rank 1 has 2: '4' is missing on rank 1"), ('names',"'4' and 1 more is missing on rank 1"), ('channels',"'8' has 24 channels on rank 0 and 25 on rank 1"),
+                                       ('setting',"'1' has credit=1.0 on rank 0 and 0.5 on rank 1"), ('mode',"rank 0 asks for 'step', rank 1 for 'layer'")])
+def test_ranks_that_differ_are_told_in_what(two, what, said):
+    a,b = two(ranked.refused, what)
+    assert a==b and said in a
+
+def test_join_of_uneven_inputs(two):
+    "`Join([net, sync])` works; without `sync`, or within a layer, it is an error that says so"
+    assert two(ranked.joined, 'both')==[(5,16)]*2 # 4 samples in three steps, 2 in two
+    assert all('Join([net, sync])' in o for o in two(ranked.joined, 'net'))
+    assert all('cannot join uneven inputs' in o for o in two(ranked.joined, 'layer'))
+
+# DDP and others
+
+@pytest.mark.parametrize('kind', ['static_graph','find_unused_parameters','forward_sync_buffers','compiled'])
+def test_options_of_ddp(two, kind):
+    if kind=='forward_sync_buffers' and 'forward_sync_buffers' not in nn.parallel.DistributedDataParallel.__init__.__code__.co_varnames: pytest.skip('not in this torch')
+    res,_ = two(ranked.wrapped, kind)
+    if kind!='find_unused_parameters': same_buffers(res, two(ranked.wrapped, 'plain')[0])
+    else: assert res['a.1.samples_seen']==res['b.1.samples_seen']==10 and res['stem.1.samples_seen']==20
+
+def test_windows_of_each_rank(two):
+    "`sync=None`: each its own, until DDP's `broadcast_buffers` overwrites those of the others by rank 0's at the next forward"
+    for broadcast in (True,False):
+        (a,a2),(b,b2) = two(ranked.local, broadcast)
+        assert not torch.equal(a['1.window_mean'], b['1.window_mean']) and not torch.equal(a['1.running_mean'], b['1.running_mean'])
+        for k in a: assert torch.equal(a2[k], b2[k])==broadcast or 'seen' in k or 'tracked' in k or 'count' in k or 'steps' in k or 'skipped' in k or 'floor' in k
+        assert torch.equal(a['1.window_mean'], a2['1.window_mean'])
+
+@pytest.mark.parametrize('how', ['state_dict','pickle','deepcopy','save','export','evaluate'])
+@pytest.mark.parametrize('broadcast', [True,False])
+def test_one_rank_may_read(two, how, broadcast):
+    "What rank 0 alone does between steps needs nobody, and changes nothing: not even when DDP then broadcasts what rank 0 has merged, and others have not"
+    got,_ = two(ranked.read_by_one, how, broadcast)
+    want,_ = two(ranked.read_by_one, '', False)
+    for k in want: assert torch.equal(got[k], want[k])
+
+def test_forwards_without_a_backward(two):
+    a,_ = two(ranked.no_gradient)
+    assert a['1.num_batches_tracked']==3 and a['1.samples_seen']==12
+
+def test_two_forwards_before_one_backward(two): two(ranked.twice)
+
+@pytest.mark.parametrize('mode', ['step','layer'])
+def test_backwards_on_one_retained_graph_count_once(two, mode):
+    (a,_),(b,_) = two(ranked.again, mode, 1),two(ranked.again, mode, 2)
+    for k in a: assert torch.equal(a[k], b[k])
+
+@pytest.mark.parametrize('mode', ['step','layer'])
+def test_activation_checkpointing(two, mode):
+    want,_ = two(ranked.checkpointed, mode, None)
+    for reentrant in (False,True): same_buffers(two(ranked.checkpointed, mode, reentrant)[0], want)
+
+def test_to_bn_lets_go(two): assert two(ranked.back_to_bn)==[True,True]
+
+@pytest.mark.parametrize('version', [1,2])
+def test_fsdp_on_gloo(two, version):
+    (want_l,want),_ = two(ranked.plain_ddp)
+    (l,b),_ = two(ranked.fsdp, version)
+    torch.testing.assert_close(l, want_l, rtol=1e-4, atol=1e-5)
+    same_buffers(b, want, 1e-4)
+
+def test_data_parallel_on_a_cpu():
+    "Without a GPU DataParallel calls the model as it is; with some, each copy would merge its part into a window that is thrown away, but for the first's"
+    a,b = ranked.small(),ranked.small()
+    net,(x,y) = nn.DataParallel(b),ranked.batches(1, 4)[0]
+    for m in (a,net): nn.functional.cross_entropy(m(x), y).backward()
+    same_buffers(ranked.buffers(a), ranked.buffers(b))
+
+def test_alone():
+    "Without several processes there is nothing to do, and an error says what is missing"
+    model = ranked.small()
+    with pytest.raises(RuntimeError, match='init_process_group'): sync_window(model)
+    with pytest.raises(ValueError, match="mode='both'"): sync_window(model, 'both')
+    assert sync_window(model, None) is None and window_sync(model) is None
+
+# fastai
+
+script = '''
+import json,os,sys,warnings
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+from fastai.distributed import DistributedDL
+from fastai.vision.all import *
+sys.path.insert(0, sys.argv[2])
+from fastai_runbn.all import *
+from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
+from ranked import Count
+def on_a_cpu(self, t, rank): # fastai's own puts the order of the samples on a GPU
+    t = torch.tensor(t)
+    dist.broadcast(t, rank)
+    return t.tolist()
+DistributedDL._broadcast = on_a_cpu
+what,out = sys.argv[1],sys.argv[3]
+
+class Check(Callback):
+    "Windows of all ranks after each step, and collectives of it"
+    order = -70 # before ShortEpochCallback, which ends the last batch of an epoch early
+    def before_batch(self): self.count = Count().__enter__()
+    def after_batch(self):
+        self.count.__exit__()
+        if not self.training: return
+        self.calls.append(len([c for c in self.count.calls if c=='all_reduce']))
+        sync = self.learn.run_bn._sync
+        if sync is None: return
+        if not sync.hold: sync.settle()
+        for m in self.learn.model.modules():
+            if not hasattr(m, 'window_mean'): continue
+            for k,b in m._buffers.items():
+                all_ = [torch.empty_like(b) for _ in range(2)]
+                dist.all_gather(all_, b)
+                assert torch.equal(*all_), k
+
+set_seed(1)
+sync = dict(none=None).get(what, 'layer' if what=='layer' else 'step')
+learn = Learner(digits_dls(2), lesson10_convnet(), metrics=accuracy, opt_func=SGD, lr=.01, cbs=RunBNCallback(sync=sync))
+learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+learn.path = Path(out)
+cbs = [ShortEpochCallback(.02, short_valid=False),*([GradientAccumulation(8)] if what=='accumulation' else [])]
+check = Check()
+check.calls = []
+with warnings.catch_warnings(record=True) as got:
+    warnings.simplefilter('always')
+    with learn.distrib_ctx(cpu=True), learn.no_logging():
+        learn.fit(2, cbs=[*cbs,check])
+        learn.validate()
+        if not dist.get_rank(): learn.save('rank0') # alone
+    learn.export('rank0.pkl') # by rank 0; that all load it is fastai's wish
+    twin = load_learner(learn.path/'rank0.pkl')
+    assert twin.run_bn._sync is None and torch.equal(twin.model[2].running_mean, learn.model[2].running_mean)
+    with learn.distrib_ctx(cpu=True), learn.no_logging():
+        if what=='step': learn.fit(1, cbs=[*cbs,check])
+said = [str(w.message) for w in got if 'sync_bn' in str(w.message)]
+w = learn.model[0].weight.detach().clone()
+all_ = [torch.empty_like(w) for _ in range(2)]
+dist.all_gather(all_, w)
+res = dict(calls=check.calls, said=said, types=[type(m).__name__ for m in learn.model if hasattr(m, 'running_mean')], same=torch.equal(*all_),
+    momentum=repr(learn.model[2].momentum), seen=learn.model[2].samples_seen.item(), batches=learn.model[2].num_batches_tracked.item())
+Path(f'{out}/{dist.get_rank()}.json').write_text(json.dumps(res))
+del learn
+dist.barrier()
+dist.destroy_process_group()
+'''
+
+def launched(launcher, what, tmp_path):
+    import json
+    (tmp_path/'train.py').write_text(script)
+    start = {'torchrun':['-m','torch.distributed.run','--standalone','--nproc-per-node','2'],
+             'accelerate':['-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','0']}[launcher]
+    env = {k:v for k,v in os.environ.items() if k not in ('IN_TEST',)} | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root), PYTHONWARNINGS='ignore')
+    p = subprocess.Popen([sys.executable,*start,str(tmp_path/'train.py'),what,str(root/'tests'),str(tmp_path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try: out,_ = p.communicate(timeout=120)
+    finally:
+        if p.poll() is None: os.killpg(p.pid, 9)
+    assert p.returncode==0, out[-4000:]
+    return [json.loads((tmp_path/f'{r}.json').read_text()) for r in range(2)]
+
+@pytest.mark.parametrize('launcher,what', [('torchrun','step'), ('accelerate','accumulation'), ('torchrun','layer')], ids=str)
+def test_learner_in_distrib_ctx(launcher, what, tmp_path):
+    "Windows equal after each step, one collective each; sync_bn off, with one line from rank 0; parameters equal; rank 0 saves alone"
+    a,b = launched(launcher, what, tmp_path)
+    assert a['same'] and set(a['types'])=={'RunningBatchNorm2d'} and len(a['types'])==5
+    assert len(a['said'])==(2 if what=='step' else 1) and not b['said'] # a line for each distrib_ctx
+    assert (a['seen'],a['batches'],a['calls'])==(b['seen'],b['batches'],b['calls'])
+    n = len(a['calls'])
+    if what=='step':
+        assert set(a['calls'])=={1} and a['batches']==n and a['seen']==4*n and a['momentum']=='window(60, few=10)'
+    if what=='accumulation':
+        assert a['calls']==[0,0,0,1]*(n//4)+[0]*(n%4) and a['batches']==n//4 and a['momentum']=='window(60, few=10)'
+    if what=='layer': assert set(a['calls'])=={10}
