@@ -36,10 +36,10 @@ def stage(
     for nb in [*to.rglob('*.ipynb')]: names[nb.relative_to(to).as_posix()] = rename(nb).relative_to(to).as_posix()
     side = to/'sidebar.yml'
     text = side.read_text()
-    listed = re.findall(r'- (\S+\.ipynb)', text)
+    listed = re.findall(r'\S+\.ipynb', text)
     missing,unknown = set(names)-set(listed),set(listed)-set(names)
     if missing or unknown: raise SystemExit(f'nbs/sidebar.yml: without {sorted(missing)}; no such notebook: {sorted(unknown)}')
-    side.write_text(re.sub(r'- (\S+\.ipynb)', lambda m: f'- {names[m[1]]}', text))
+    side.write_text(re.sub(r'\S+\.ipynb', lambda m: names[m[0]], text))
     for name in ('_quarto.yml','nbdev.yml'): # smalldocs makes no Markdown
         cfg = yaml.safe_load((to/name).read_text())
         cfg.pop('format-links', None)
