@@ -134,3 +134,77 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
             skipped=int(m.skipped_batches), off=off.median().item(), off_max=off.max().item(),
             sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
     return pd.DataFrame(rows).set_index('layer')
+
+# %% ../nbs/08_interpret.ipynb #c30476fd
+@contextmanager
+def _evaluating(model):
+    "`model` in evaluation and without gradients; its modes are what they were afterwards"
+    modes = [(m,m.training) for m in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(): yield
+    finally:
+        for m,mode in modes: m.training = mode
+
+def _trainer(m):
+    "A copy of norm `m` in training mode, without its hooks"
+    return deepcopy(m, {id(h):type(h)() for h in (m._forward_hooks,m._forward_pre_hooks,m._backward_hooks,m._backward_pre_hooks)}).train()
+
+@contextmanager
+def _hooked(norms, hook):
+    "`hook(name, input, output)` after each of `norms`; what it returns, unless `None`, is the output"
+    handles = [m.register_forward_hook(lambda m, args, y, n=n: hook(n, args[0], y)) for n,m in norms.items()]
+    try: yield
+    finally:
+        for h in handles: h.remove()
+
+# %% ../nbs/08_interpret.ipynb #c255d108
+def _draw(dl, bs, n, seed, device):
+    "`n` batches of `bs` samples, tuples of a model's inputs: drawn from a fastai `DataLoader`, from others as they come; no random state is changed"
+    def cut(b):
+        b = tuple(b) if isinstance(b, (tuple,list)) else (b,)
+        xs = b[:getattr(dl, 'n_inp', max(1, len(b)-1))]
+        return [tuple(x[i:i+bs] for x in xs) for i in range(0, len(xs[0])-bs+1, bs)]
+    if dl is None: raise ValueError("There is no data to look at: give `dl`, or `dls`.")
+    if bs is None: raise ValueError("The batch size of training is not known: give `bs`.")
+    with no_random(seed):
+        if hasattr(dl, 'new'): dl = dl.new(bs=bs, shuffle=True, drop_last=True, num_workers=0)
+        batches = [to_device(o, device) for o in islice((o for b in dl for o in cut(b)), n)]
+    if not batches: raise ValueError(f"There is no batch of {bs} samples in the data: give another `dl` (a Learner that was exported has none), or a smaller `bs`.")
+    return batches
+
+def _device(model): return next(iter(model.parameters())).device
+
+# %% ../nbs/08_interpret.ipynb #3e97ad88
+def _channels(x): return x.detach().float().transpose(0, 1).flatten(1)
+
+def _gaps(model, batches):
+    "For each norm of `model`: root mean square of the difference between training and evaluation, in standard deviations of evaluation, alone and together with the others"
+    norms = _norms(_unwrapped(model), _BatchNorm)
+    sums,outs = {n:dict(alone=0., together=0., square=0., mean=0., count=0) for n in norms},{n:[] for n in norms}
+    def differ(n, which, y, y_eval): sums[n][which] = sums[n][which]+(_channels(y)-_channels(y_eval)).square().sum(1)
+    def evaluate(n, x, y):
+        y,s,flat = y.clone(),sums[n],_channels(y)
+        outs[n].append(y)
+        s['square'],s['mean'],s['count'] = s['square']+flat.square().sum(1),s['mean']+flat.sum(1),s['count']+flat.shape[1]
+        differ(n, 'alone', alone[n](x.clone()), y)
+    def train(n, x, y):
+        y = together[n](x)
+        differ(n, 'together', y, outs[n].pop(0))
+        return y
+    alone,together = [{n:_trainer(m) for n,m in norms.items()} for _ in range(2)]
+    with _evaluating(model):
+        for xs in batches:
+            with _hooked(norms, evaluate): model(*xs)
+            with _hooked(norms, train): model(*xs)
+    def ratio(s, which): return (s[which].sum()/(s['square']-s['mean']**2/s['count']).sum()).sqrt().item()
+    return pd.DataFrame({n:{w:ratio(s, w) for w in ('alone','together')} for n,s in sums.items() if s['count']}).T.rename_axis('layer')
+
+# %% ../nbs/08_interpret.ipynb #baf6587a
+@patch
+def gap(self:RunBNInterpretation,
+    n_batches:int=64, # Batches of the training size, drawn from the data
+    seed:int=42, # Of the draw
+)->pd.DataFrame: # `alone` and `together`, a row a layer
+    "How far training and evaluation are apart, in standard deviations of the output"
+    return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
