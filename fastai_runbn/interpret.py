@@ -208,3 +208,116 @@ def gap(self:RunBNInterpretation,
 )->pd.DataFrame: # `alone` and `together`, a row a layer
     "How far training and evaluation are apart, in standard deviations of the output"
     return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
+
+# %% ../nbs/08_interpret.ipynb #7e72cd2e
+_blue,_orange,_green,_sky,_purple,_yellow = _colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
+_marks = 'os^Dv*'
+
+def _per_layer(ax, series, title):
+    "Lines over the layers in their order, `series` one by name"
+    names = list(next(iter(series.values())).index)
+    for (label,s),c,mk in zip(series.items(), _colours, _marks): ax.plot(range(len(s)), s, color=c, marker=mk, ms=5, lw=1.2, label=label)
+    every = math.ceil(len(names)/16)
+    ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if max(map(len, names))<4 and len(names)<17 else 90)
+    ax.set(xlabel='layer', title=title, ylim=(0,None))
+    ax.grid(axis='y', color='.9'); ax.set_axisbelow(True)
+
+# %% ../nbs/08_interpret.ipynb #d6765f08
+@patch
+def plot_gap(self:RunBNInterpretation,
+    n_batches:int=64, # Batches of the training size, drawn from the data
+    seed:int=42, # Of the draw
+):
+    "Plot `gap` over the layers"
+    df = self.gap(n_batches, seed)
+    fig,ax = plt.subplots(figsize=(6.5,3.6), layout='constrained')
+    _per_layer(ax, {'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
+    ax.set_ylabel('rms difference (σ of the output)')
+    ax.legend()
+
+# %% ../nbs/08_interpret.ipynb #0500d533
+@patch(cls_method=True)
+def compare(cls:RunBNInterpretation,
+    learners:dict, # Learners (or models) by name, at most six; BatchNorm's too
+    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+    bs:int=None, # Samples in a batch; default: the training batch size of the first
+    n_batches:int=64, # Batches, the same for all
+    seed:int=42, # Of their draw
+)->pd.DataFrame: # `together` of `gap`, a row a layer and a column a learner
+    "Plot how far training and evaluation are apart in several models, layer by layer"
+    if not 0<len(learners)<=len(_colours): raise ValueError(f"compare: one to {len(_colours)} learners were expected, not {len(learners)}.")
+    dls = getattr(next(iter(learners.values())), 'dls', None)
+    models = {n:getattr(l, 'model', l) for n,l in learners.items()}
+    for n,m in models.items():
+        if not _norms(_unwrapped(m), _BatchNorm): raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
+    dl,bs = _data(dls) if dl is None else dl, bs or (_bs(dls) if dls is not None else _bs(dl))
+    df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
+    fig,ax = plt.subplots(figsize=(6.5,3.6), layout='constrained')
+    _per_layer(ax, dict(df.items()), f'Training against evaluation, batch size {bs}')
+    ax.set_ylabel('rms difference (σ of the output)')
+    ax.legend()
+    return df
+
+# %% ../nbs/08_interpret.ipynb #599cee62
+@patch
+def plot_window(self:RunBNInterpretation,
+    layer:str=None, # Its name; default: the first running norm
+    channel:int=0, # Of the layer
+    bs:int=None, # Samples in a batch; default: the training batch size
+    n_batches:int=100, # Batches drawn from the data
+    seed:int=42, # Of the draw
+):
+    "Plot statistics of single batches, and the window's that takes them in"
+    layer = next(iter(self.norms)) if layer is None else layer
+    if layer not in self.norms: raise ValueError(f"layer={layer!r}: one of {', '.join(map(repr, self.norms))} was expected.")
+    m,bs = _trainer(self.norms[layer]),bs or self.bs
+    if not 0<=channel<m.num_features: raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
+    rows,c = [],channel
+    def look(n, x, y):
+        mean,var,_ = batch_moments(x)
+        m(x.clone())
+        rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
+    with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
+        for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
+    _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), f'Layer {layer}, channel {channel}, batch size {bs}')
+
+# %% ../nbs/08_interpret.ipynb #419d2086
+def _plot_scatter(df, mean, var, title):
+    "Statistics of batches and of the window, a column each: mean of the batch, of the window, and their variances"
+    df[[2,3]],unit = df[[2,3]].clip(lower=0)**.5,max(var, 1e-12)**.5
+    fig,axs = plt.subplots(1, 2, figsize=(9,3.8), layout='constrained')
+    for ax,i,what,at in zip(axs, (0,2), ('mean','σ'), (mean,unit)):
+        for j,label,style in ((i,'one batch',dict(color=_orange, ls='', marker='o', ms=4, alpha=.6)), (i+1,'window, that batch included',dict(color=_blue, lw=2))):
+            ax.plot(range(1,len(df)+1), df[j], **style, label=f'{label} (spread {df[j].std(ddof=0)/unit:.2f} σ)')
+        ax.axhline(at, color='k', ls='--', lw=1, label='evaluation')
+        ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=what.capitalize() if what=='mean' else 'Standard deviation σ')
+        ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
+    fig.suptitle(title)
+
+# %% ../nbs/08_interpret.ipynb #863ccea1
+@patch
+def plot_layers(self:RunBNInterpretation,
+    layers:list=None, # Names of up to six; default: four, evenly spaced
+):
+    "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
+    hist = self.recorder.history if self.recorder else {}
+    if not hist: raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
+    names = list(hist)
+    if layers is None: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)] if len(names)>4 else names
+    layers = [layers] if isinstance(layers, str) else list(layers)
+    if wrong:=[l for l in layers if l not in hist]: raise ValueError(f"layers: {wrong[0]!r} was not recorded; one of {', '.join(map(repr, names))} was expected.")
+    if not 0<len(layers)<=6: raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
+    fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained', sharex=True, squeeze=False)
+    for l,(top,bottom) in zip(layers, axs.T):
+        steps = [s for s,_ in hist[l]]
+        stats = torch.stack([h for _,h in hist[l]]).cpu()                      # (records, 4, channels)
+        for ax,i in ((top,0),(bottom,1)):
+            window,evaluation = [stats[:,j].sqrt() if i else stats[:,j] for j in (i,i+2)]
+            for c in range(stats.shape[2]):
+                ax.plot(steps, window[:,c], color=_colours[c%6], lw=1.2)
+                ax.plot(steps, evaluation[:,c], color=_colours[c%6], lw=1, ls='--')
+        top.set_title(f'Layer {l}'); bottom.set_xlabel('training batch')
+    axs[0,0].set_ylabel('mean'); axs[1,0].set_ylabel('standard deviation')
+    keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
+    fig.legend(handles=keys, loc='outside lower center', ncols=2)
+    fig.suptitle('Statistics of some channels over training, a colour each')
