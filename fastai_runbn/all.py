@@ -4,3 +4,4 @@ from fastai_runbn.layers import *
 from fastai_runbn.surgery import *
 from fastai_runbn.schedule import *
 from fastai_runbn.callback import *
+from fastai_runbn.interpret import *

@@ -34,7 +34,7 @@ def _floor(m, seen):
     "The floor under the variance of layer `m` after `seen` samples, `(1,)`"
     return m.clamp_floor.index_select(0, seen.clamp(0, len(m.clamp_floor)-1))
 
-# %% ../nbs/08_interpret.ipynb #a2fe8d01
+# %% ../nbs/08_interpret.ipynb #f8921f4d
 class RunBNRecorder(Callback):
     "Record the statistics of the running norms while they train, for `RunBNInterpretation`; from one fit to the next"
     order,run_valid = 62,False # After RunBNSchedule
@@ -49,7 +49,7 @@ class RunBNRecorder(Callback):
 
     def reset(self):
         "Forget what was recorded"
-        self.batches,self.samples,self.history,self.floored,self.norms = 0,0,{},{},{}
+        self.batches,self.samples,self.history,self.floored,self.looked,self.norms = 0,0,{},{},{},{}
 
     def before_fit(self): self.norms = _norms(_unwrapped(self.learn.model))
     def after_fit(self): self.norms = {}
@@ -67,6 +67,7 @@ class RunBNRecorder(Callback):
     def _count_floored(self, name, m, bs):
         floor = _floor(m, m.samples_seen if m.clamp_inclusive else m.samples_seen-bs)
         self.floored[name] = self.floored.get(name, 0) + (m.window_var<floor).sum()
+        self.looked[name] = self.looked.get(name, 0) + m.num_features
 
     def _record(self, name, m):
         every = max(1, m.num_features//self.channels)
@@ -135,7 +136,7 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
             sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
     return pd.DataFrame(rows).set_index('layer')
 
-# %% ../nbs/08_interpret.ipynb #c30476fd
+# %% ../nbs/08_interpret.ipynb #ca1c6047
 @contextmanager
 def _evaluating(model):
     "`model` in evaluation and without gradients; its modes are what they were afterwards"
@@ -145,6 +146,13 @@ def _evaluating(model):
         with torch.no_grad(): yield
     finally:
         for m,mode in modes: m.training = mode
+
+def _training(name, m, x):
+    "Output of the norm `m` in training mode"
+    try: return m(x)
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e): raise
+        raise ValueError(f"`{name}`, a {type(m).__name__}, cannot train on one value per channel, {tuple(x.shape)}: give a `bs` of 2 or more.") from None
 
 def _trainer(m):
     "A copy of norm `m` in training mode, without its hooks"
@@ -175,7 +183,7 @@ def _draw(dl, bs, n, seed, device):
 
 def _device(model): return next(iter(model.parameters())).device
 
-# %% ../nbs/08_interpret.ipynb #3e97ad88
+# %% ../nbs/08_interpret.ipynb #12e137c9
 def _channels(x): return x.detach().float().transpose(0, 1).flatten(1)
 
 def _gaps(model, batches):
@@ -187,9 +195,9 @@ def _gaps(model, batches):
         y,s,flat = y.clone(),sums[n],_channels(y)
         outs[n].append(y)
         s['square'],s['mean'],s['count'] = s['square']+flat.square().sum(1),s['mean']+flat.sum(1),s['count']+flat.shape[1]
-        differ(n, 'alone', alone[n](x.clone()), y)
+        differ(n, 'alone', _training(n, alone[n], x.clone()), y)
     def train(n, x, y):
-        y = together[n](x)
+        y = _training(n, together[n], x)
         differ(n, 'together', y, outs[n].pop(0))
         return y
     alone,together = [{n:_trainer(m) for n,m in norms.items()} for _ in range(2)]
@@ -258,7 +266,7 @@ def compare(cls:RunBNInterpretation,
     ax.legend()
     return df
 
-# %% ../nbs/08_interpret.ipynb #599cee62
+# %% ../nbs/08_interpret.ipynb #0e9f3957
 @patch
 def plot_window(self:RunBNInterpretation,
     layer:str=None, # Its name; default: the first running norm
@@ -279,6 +287,7 @@ def plot_window(self:RunBNInterpretation,
         rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
     with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
         for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
+    if not rows: raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
     _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), f'Layer {layer}, channel {channel}, batch size {bs}')
 
 # %% ../nbs/08_interpret.ipynb #419d2086
@@ -321,3 +330,30 @@ def plot_layers(self:RunBNInterpretation,
     keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
     fig.legend(handles=keys, loc='outside lower center', ncols=2)
     fig.suptitle('Statistics of some channels over training, a colour each')
+
+# %% ../nbs/08_interpret.ipynb #f83bfb88
+_far = .5 # Standard deviations between window and evaluation, from which on there is a remark: four times what a healthy layer of few values had above
+
+def _remarks(name, m, row, looked):
+    "What is wrong with the layer `m`, of which `row` is the row in the table"
+    C,floor = m.num_features,_floor(m, m.samples_seen).item()
+    under = int((m.window_var<floor).sum())
+    if m.window_count.median()==0: return [f"no batch yet: `{name}` starts with the first batch of training."]
+    out = []
+    if row.dead: out.append(f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant in the window (a variance below eps={m.eps:g}). "
+        "Look for empty inputs and for filters that died at a high learning rate.")
+    elif under: out.append(f"variance at the floor: {under} of {C} channels of `{name}` are normalised with the floor of {floor:g}. Their activations are small; a lower `clamp` leaves them their own variance.")
+    elif looked and row.floor_hits>looked/4: out.append(f"variance at the floor: in the first samples `{name}` was normalised with the floor in {row.floor_hits/looked:.0%} of the cases. "
+        "Its activations were small then; a lower `clamp` leaves them their own variance.")
+    if row.skipped: out.append(f"skipped batches: `{name}` left out {row.skipped:.0f} of {int(m.num_batches_tracked)} that had a NaN or infinity. Look at the data, or for an overflow in float16.")
+    if row.off>_far: out.append(f"window far from evaluation: half the means of `{name}` are {row.off:.2g} σ or more apart. The weights move faster than `eval_window={m.eval_window}` samples: "
+        "train on at a lower rate before you evaluate, or give less.")
+    if not .5<=row.sigma_ratio<=2: out.append(f"window far from evaluation: the σ of `{name}` in the window is {row.sigma_ratio:.2g} times that of evaluation. See `plot_layers` for when it moved.")
+    return out
+
+# %% ../nbs/08_interpret.ipynb #544e7c78
+@patch
+def suggestions(self:RunBNInterpretation)->list: # A line each; empty where all is well
+    "Remarks on layers that look ill, and what to do"
+    looked = self.recorder.looked if self.recorder else {}
+    return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0))]
