@@ -119,7 +119,7 @@ def _share(m, bs):
     M = n/(1-(1-a)**max(1, m.num_batches_tracked.item())) # a young window has a smaller count
     return float(a*M/((1-a)*n+a*M)),float(M)
 
-# %% ../nbs/08_interpret.ipynb #0f41370b
+# %% ../nbs/08_interpret.ipynb #60dbd5f7
 @patch
 @torch.no_grad()
 def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
@@ -130,10 +130,11 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
         mean,sigma = m.window_mean,m.window_var.sqrt()
         off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
         hits = self.recorder.floored.get(name) if self.recorder else None
-        rows.append(dict(layer=name, channels=m.num_features, mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
-            rho=rho, credit=float(m.credit)*(1 if math.isnan(M) else trust(M)), floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()),
-            skipped=int(m.skipped_batches), off=off.median().item(), off_max=off.max().item(),
-            sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
+        rows.append(dict(layer=name, channels=m.num_features,
+            mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
+            rho=rho, credit=float(m.credit)*(1 if math.isnan(M) else trust(M)),
+            floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
+            off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
     return pd.DataFrame(rows).set_index('layer')
 
 # %% ../nbs/08_interpret.ipynb #ca1c6047
@@ -217,7 +218,7 @@ def gap(self:RunBNInterpretation,
     "How far training and evaluation are apart, in standard deviations of the output"
     return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
 
-# %% ../nbs/08_interpret.ipynb #7e72cd2e
+# %% ../nbs/08_interpret.ipynb #487a429c
 _blue,_orange,_green,_sky,_purple,_yellow = _colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
 _marks = 'os^Dv*'
 
@@ -228,7 +229,8 @@ def _per_layer(ax, series, title):
     every = math.ceil(len(names)/16)
     ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if max(map(len, names))<4 and len(names)<17 else 90)
     ax.set(xlabel='layer', title=title, ylim=(0,None))
-    ax.grid(axis='y', color='.9'); ax.set_axisbelow(True)
+    ax.grid(axis='y', color='.9')
+    ax.set_axisbelow(True)
 
 # %% ../nbs/08_interpret.ipynb #d6765f08
 @patch
@@ -303,7 +305,7 @@ def _plot_scatter(df, mean, var, title):
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
     fig.suptitle(title)
 
-# %% ../nbs/08_interpret.ipynb #863ccea1
+# %% ../nbs/08_interpret.ipynb #4b03e22b
 @patch
 def plot_layers(self:RunBNInterpretation,
     layers:list=None, # Names of up to six; default: four, evenly spaced
@@ -325,8 +327,9 @@ def plot_layers(self:RunBNInterpretation,
             for c in range(stats.shape[2]):
                 ax.plot(steps, window[:,c], color=_colours[c%6], lw=1.2)
                 ax.plot(steps, evaluation[:,c], color=_colours[c%6], lw=1, ls='--')
-        top.set_title(f'Layer {l}'); bottom.set_xlabel('training batch')
-    axs[0,0].set_ylabel('mean'); axs[1,0].set_ylabel('standard deviation')
+        top.set_title(f'Layer {l}')
+        bottom.set_xlabel('training batch')
+    for ax,what in zip(axs[:,0], ('mean','standard deviation')): ax.set_ylabel(what)
     keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
     fig.legend(handles=keys, loc='outside lower center', ncols=2)
     fig.suptitle('Statistics of some channels over training, a colour each')
