@@ -109,14 +109,15 @@ class RunBNInterpretation:
         recorder = next((cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)), None)
         return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
 
-# %% ../nbs/08_interpret.ipynb #6e8ffbb0
+# %% ../nbs/08_interpret.ipynb #7ccba7e9
 def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
     if n==0: return 1.,math.nan
     if n<0 or bs is None: return math.nan,math.nan
     a = batch_weight(m.momentum, bs, n, m.eval_steps.median()+(1-head_start))
-    M = n/(1-(1-a)**max(1, m.num_batches_tracked.item())) # a young window has a smaller count
+    young = m.momentum is not None and m.samples_seen<2**40 # it started empty, and with a count of 0
+    M = n/(1-(1-a)**max(1, m.num_batches_tracked.item())) if young else n
     return float(a*M/((1-a)*n+a*M)),float(M)
 
 # %% ../nbs/08_interpret.ipynb #60dbd5f7
