@@ -5,3 +5,4 @@ from fastai_runbn.surgery import *
 from fastai_runbn.schedule import *
 from fastai_runbn.distributed import sync_window
 from fastai_runbn.callback import *
+from fastai_runbn.interpret import *

@@ -7,7 +7,7 @@ __all__ = ['subjects', 'commands', 'train_digits', 'plot_curves', 'demo', 'conve
            'main']
 
 # %% ../nbs/10_cli.ipynb #81cb3a77
-import os,re,time,warnings
+import os,re,sys,time,warnings
 from argparse import ArgumentParser
 from pathlib import Path
 from fastcore.script import anno_parser,CliError
@@ -80,11 +80,14 @@ def _table(rows):
     return table
 
 # %% ../nbs/10_cli.ipynb #fe546af9
-def _writable(option, path, suffix):
-    "`path` as one, checked to be in a folder that is there and to end in `suffix`"
+def _writable(option, path, suffix=None):
+    "`path` as one, checked to be a file that can be written, and to end in `suffix`; `option` may be empty"
     path = Path(path)
-    if path.suffix.lower()!=suffix: raise CliError(f"{option} {path}: a file name that ends in {suffix} was expected")
-    if not path.parent.is_dir(): raise CliError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    what = f'{option} {path}'.strip()
+    if suffix and path.suffix.lower()!=suffix: raise CliError(f"{what}: a file name that ends in {suffix} was expected")
+    if path.is_dir(): raise CliError(f"{what}: a folder; a file name was expected")
+    if not path.parent.is_dir(): raise CliError(f"{what}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK): raise CliError(f"{what}: no permission to write there")
     return path
 
 # %% ../nbs/10_cli.ipynb #d97b6cf3
@@ -124,6 +127,21 @@ def _without_windows(sd):
     drop = {p+b for p in prefixes for b in window_buffers}
     return {k:v for k,v in sd.items() if k not in drop},len(prefixes)
 
+def _without_lesson10(sd):
+    "State dict `sd` with BatchNorm's keys for those of lesson 10's layers, and of how many there were"
+    from fastai_runbn.surgery import from_lesson10
+    n = sum(k.rpartition('.')[2]=='sums' for k in sd)
+    try: return (from_lesson10(sd),n) if n else (sd,0)
+    except ValueError: return sd,0
+
+def _save_flat(sd, path):
+    "Save the tensors of state dict `sd` as .safetensors"
+    try: from safetensors.torch import save_file
+    except ImportError: raise CliError(f"{path}: writing .safetensors files takes `pip install safetensors`")
+    other = [k for k,v in sd.items() if not hasattr(v, 'contiguous')]
+    if other: raise CliError(f"{path}: .safetensors holds tensors only, and {other[0]!r} is none; take another ending")
+    save_file({k:v.clone().contiguous() for k,v in sd.items()}, path)
+
 def _read(path, pickled):
     "What is in a checkpoint file"
     import pickle,torch
@@ -142,17 +160,18 @@ def convert(
     out:Path, # File to write; .safetensors holds tensors only
     pickled:bool=False, # INP is a pickled model or Learner; for files you trust, as unpickling can run any code
 ):
-    "Make a checkpoint of a model with running norms one of plain BatchNorm, which needs no fastai_runbn"
-    inp,out = Path(inp),Path(out)
+    "Make a checkpoint of a model with running norms, or lesson 10's layers, one of plain BatchNorm, which needs no fastai_runbn"
+    inp,out = Path(inp),_writable('', out)
     if not inp.is_file(): raise CliError(f"{inp}: there is no such file")
-    if not out.parent.is_dir(): raise CliError(f"{out}: there is no folder {out.parent}; make it first")
     import torch
     obj,flat = _read(inp, pickled),out.suffix=='.safetensors'
     if isinstance(obj, dict):
-        nested = isinstance(obj.get('model'), dict)                         # of learn.save, with the optimizer
-        sd,n = _without_windows(obj['model'] if nested else obj)
-        obj = {**obj, 'model':sd} if nested and not flat else sd
-        done = f"the windows of {n} layer{'s'*(n!=1)} left out" if n else "it had BatchNorm's keys only"
+        key = next((k for k in ('model','state_dict') if isinstance(obj.get(k), dict)), None) # of learn.save, with the optimizer; of Lightning and others
+        sd,n = _without_windows(obj[key] if key else obj)
+        sd,old = _without_lesson10(sd)
+        obj = {**obj, key:sd} if key and not flat else sd
+        parts = [f"{what} {k} layer{'s'*(k!=1)} {did}" for k,what,did in ((n,'the windows of','left out'),(old,'sums, squares and counts of',"made BatchNorm's")) if k]
+        done = ', '.join(parts) or "it had BatchNorm's keys only"
     else:
         from fastai_runbn.callback import RunBNCallback # noqa: gives Learner its to_bn
         from fastai_runbn.surgery import surgery_report,to_bn
@@ -162,9 +181,7 @@ def convert(
         obj.to_bn() if obj is not model and hasattr(obj, 'to_bn') else to_bn(model)
         done = f"{n} running norm{'s'*(n!=1)} made BatchNorm"
         if flat: obj = model.state_dict()
-    if flat:
-        from safetensors.torch import save_file
-        save_file({k:v.contiguous() for k,v in obj.items()}, out)
+    if flat: _save_flat(obj, out)
     else: torch.save(obj, out)
     print(f"{out}: {done}")
 
@@ -244,14 +261,18 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
     if data and not data.exists(): raise CliError(f"--data {data}: there is no such folder or tar")
     for o,v in (('--seeds',seeds), ('--jobs',jobs)):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
+    if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
     names = ['R1 digits'] if quick else [n for n,r in quality.regimes.items() if re.search(only, n) and (data or not r.needs_data)]
     if not names: raise CliError(f"--only {only}: takes photographs; give a folder or tar of them with --data")
     console,progress = _console()
-    kw = dict(seeds=1, norms=contenders or '^[^,+]+$') if quick else dict(seeds=seeds, norms=contenders)
+    kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''))
     with progress as bar,TemporaryDirectory() as d:
         task = bar.add_task('trials', total=None)
         def report(row, left): console.print(_trial_line(row), soft_wrap=True); bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
-        df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
+        try: df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
+        except KeyboardInterrupt:
+            if json: console.print(f"Trials so far: {json}; the same command goes on from there", soft_wrap=True)
+            raise
     for name in names: console.print(quality.regimes[name].what, _score_rows(quality.score_table(df, name)), sep='\n')
     if json: console.print(f"Trials: {json}")
     if out: quality.plot_sizes(df, names[0], out); console.print(f"Picture: {out}")
@@ -269,17 +290,18 @@ def bench(
     compile:bool=False, # speed: whole models through torch.compile too, a minute or more each
     device:str='', # speed: cpu or cuda; default: cuda where there is one
     data:Path=None, # quality: folder or tar of photographs in train/CLASS/ and valid/CLASS/, for some regimes
-    seeds:int=3, # quality: for each setting
-    jobs:int=2, # quality: trials at a time, a thread each
+    seeds:int=None, # quality: for each setting; default: 3, or 1 with --quick
+    jobs:int=None, # quality: trials at a time, a thread each; default: 2
 ):
     "Measure the layers here, beside BatchNorm and others: how fast they are, or how well they train"
     if subject not in subjects: raise CliError(f"{subject}: one of {', '.join(subjects)} was expected")
-    for o,wrong in (('--compile',compile and subject!='speed'), ('--device',device and subject!='speed'), ('--data',data and subject!='quality')):
+    for o,wrong in (('--compile',compile and subject!='speed'), ('--device',device and subject!='speed'), ('--data',data and subject!='quality'),
+                    ('--seeds',seeds is not None and subject!='quality'), ('--jobs',jobs is not None and subject!='quality')):
         if wrong: raise CliError(f"{o}: not an option of {subject}")
     json = json and _writable('--json', json, '.json' if subject=='speed' else '.jsonl')
     out = out and _writable('--out', out, '.png')
     if subject=='speed': _bench_speed(quick, json, out, only, contenders, compile, device)
-    else: _bench_quality(quick, json, out, only, contenders, data, seeds, jobs)
+    else: _bench_quality(quick, json, out, only, contenders, data, (1 if quick else 3) if seeds is None else seeds, 2 if jobs is None else jobs)
 
 # %% ../nbs/10_cli.ipynb #c6408ed8
 class OneLineParser(ArgumentParser):
@@ -298,6 +320,12 @@ def runbn_parser()->ArgumentParser:
         sub.set_defaults(func=f)
     return p
 
+# %% ../nbs/10_cli.ipynb #57658a6c
+def _stop_workers():
+    "Stop the processes of a study, which would finish their trials otherwise"
+    from multiprocessing import active_children
+    for p in active_children(): p.terminate()
+
 # %% ../nbs/10_cli.ipynb #ba64ee10
 commands = dict(demo=demo, bench=bench, convert=convert)
 
@@ -306,8 +334,19 @@ def main(
 ):
     "Run `runbn` with `argv`"
     warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # torch's own, on every import of fastai
-    args = vars(runbn_parser().parse_args(argv))
+    parsed,unknown = runbn_parser().parse_known_args(argv)
+    args = vars(parsed)
     name,func = args.pop('command'),args.pop('func')
+    if unknown: runbn_parser().exit(2, f"runbn {name}: unrecognized arguments: {' '.join(unknown)} (see runbn {name} --help)\n")
     for hidden in ('pdb','xtra'): args.pop(hidden, None)
-    try: func(**args)
+    try:
+        func(**args)
+        sys.stdout.flush()
     except CliError as e: runbn_parser().exit(2, f"runbn {name}: {e}\n")
+    except KeyboardInterrupt:
+        _stop_workers()
+        runbn_parser().exit(130, f"runbn {name}: interrupted\n")
+    except BrokenPipeError: # of a reader that has seen enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1)
+    except OSError as e: runbn_parser().exit(1, f"runbn {name}: {e}\n")
