@@ -79,7 +79,7 @@ def dead_links(
 def unlink(
     site:Path, # The site's folder
 ):
-    "Take away what nbdev links of itself and is not there: the source, where the project has no `Repository`, and exported names that no page documents"
+    "Take away links to what is not on the site: tests; of nbdev's own, the source, where the project has no `Repository`, and exported names that no page documents"
     ids = {p.resolve():Links(p).ids for p in site.rglob('*.html')}
     for p in ids:
         def kept(m):
@@ -87,6 +87,7 @@ def unlink(
             target = (p.parent/page).resolve()
             return m[0] if name in ids.get(target, [name]) else m[3]
         text = re.sub(r'<a href="blob/[^>]*>.*?</a>', '', p.read_text(encoding='utf-8'))
+        text = re.sub(r'<a href="\.\./tests/[^>]*>(.*?)</a>', r'<code>\1</code>', text)
         p.write_text(re.sub(r'<a href="([\w./]+\.html)#(\w+)">(<code>\2</code>)</a>', kept, text), encoding='utf-8')
 
 def make(

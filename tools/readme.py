@@ -12,7 +12,7 @@ def _link(m):
     if len(found)!=1: raise SystemExit(f"nbs/index.ipynb links to {page}.html, but {len(found)} notebooks make that page")
     return f'](nbs/{found[0].relative_to(root/"nbs").as_posix()}{anchor})'
 
-def _markdown(src): return re.sub(r'\]\((\w[\w./]*)\.html(#[\w-]+)?\)', _link, src).replace('](images/', '](nbs/images/')
+def _markdown(src): return re.sub(r'\]\((\w[\w./]*)\.html(#[\w-]+)?\)', _link, src).replace('](images/', '](nbs/images/').replace('](../tests/', '](tests/')
 
 def _text(out):
     "The text of one output, the richest that Markdown can hold"
