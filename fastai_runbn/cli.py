@@ -271,7 +271,7 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
         def report(row, left): console.print(_trial_line(row), soft_wrap=True); bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
         try: df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
         except KeyboardInterrupt:
-            if json: console.print(f"Trials so far: {json}; the same command goes on from there", soft_wrap=True)
+            if json and json.exists(): console.print(f"Trials so far: {json}; the same command goes on from there", soft_wrap=True)
             raise
     for name in names: console.print(quality.regimes[name].what, _score_rows(quality.score_table(df, name)), sep='\n')
     if json: console.print(f"Trials: {json}")

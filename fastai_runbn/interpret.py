@@ -109,15 +109,16 @@ class RunBNInterpretation:
         recorder = next((cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)), None)
         return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
 
-# %% ../nbs/08_interpret.ipynb #7ccba7e9
+# %% ../nbs/08_interpret.ipynb #270fa9b8
 def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
     if n==0: return 1.,math.nan
     if n<0 or bs is None: return math.nan,math.nan
-    a = batch_weight(m.momentum, bs, n, m.eval_steps.median()+(1-head_start))
-    young = m.momentum is not None and m.samples_seen<2**40 # it started empty, and with a count of 0
-    M = n/(1-(1-a)**max(1, m.num_batches_tracked.item())) if young else n
+    young,M = m.momentum is not None and m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
+    for _ in range(6):                                           # the weight is a function of M in turn
+        a = batch_weight(m.momentum, bs, M, m.eval_steps.median()+(1-head_start))
+        if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M)),float(M)
 
 # %% ../nbs/08_interpret.ipynb #60dbd5f7
@@ -219,21 +220,25 @@ def gap(self:RunBNInterpretation,
     "How far training and evaluation are apart, in standard deviations of the output"
     return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
 
-# %% ../nbs/08_interpret.ipynb #487a429c
+# %% ../nbs/08_interpret.ipynb #75ce013a
 _blue,_orange,_green,_sky,_purple,_yellow = _colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
 _marks = 'os^Dv*'
 
-def _per_layer(ax, series, title):
-    "Lines over the layers in their order, `series` one by name"
+def _per_layer(series, title):
+    "A figure with lines over the layers in their order, `series` one by name"
     names = list(next(iter(series.values())).index)
+    longest = max(map(len, names))
+    level = longest<4 and len(names)<17
+    fig,ax = plt.subplots(figsize=(6.5, 3.6+(0 if level else .08*longest)), layout='constrained')
     for (label,s),c,mk in zip(series.items(), _colours, _marks): ax.plot(range(len(s)), s, color=c, marker=mk, ms=5, lw=1.2, label=label)
     every = math.ceil(len(names)/16)
-    ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if max(map(len, names))<4 and len(names)<17 else 90)
-    ax.set(xlabel='layer', title=title, ylim=(0,None))
+    ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if level else 90)
+    ax.set(xlabel='layer', ylabel='rms difference (σ of the output)', title=title, ylim=(0,None))
     ax.grid(axis='y', color='.9')
     ax.set_axisbelow(True)
+    ax.legend()
 
-# %% ../nbs/08_interpret.ipynb #d6765f08
+# %% ../nbs/08_interpret.ipynb #e45285e7
 @patch
 def plot_gap(self:RunBNInterpretation,
     n_batches:int=64, # Batches of the training size, drawn from the data
@@ -241,12 +246,9 @@ def plot_gap(self:RunBNInterpretation,
 ):
     "Plot `gap` over the layers"
     df = self.gap(n_batches, seed)
-    fig,ax = plt.subplots(figsize=(6.5,3.6), layout='constrained')
-    _per_layer(ax, {'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
-    ax.set_ylabel('rms difference (σ of the output)')
-    ax.legend()
+    _per_layer({'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
 
-# %% ../nbs/08_interpret.ipynb #0500d533
+# %% ../nbs/08_interpret.ipynb #94e01869
 @patch(cls_method=True)
 def compare(cls:RunBNInterpretation,
     learners:dict, # Learners (or models) by name, at most six; BatchNorm's too
@@ -263,10 +265,7 @@ def compare(cls:RunBNInterpretation,
         if not _norms(_unwrapped(m), _BatchNorm): raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
     dl,bs = _data(dls) if dl is None else dl, bs or (_bs(dls) if dls is not None else _bs(dl))
     df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
-    fig,ax = plt.subplots(figsize=(6.5,3.6), layout='constrained')
-    _per_layer(ax, dict(df.items()), f'Training against evaluation, batch size {bs}')
-    ax.set_ylabel('rms difference (σ of the output)')
-    ax.legend()
+    _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
     return df
 
 # %% ../nbs/08_interpret.ipynb #0e9f3957

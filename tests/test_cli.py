@@ -1,0 +1,162 @@
+"`runbn` in a shell: interrupted, piped, on a terminal, with files that cannot be written"
+import os,pty,re,select,signal,subprocess,sys,time
+from pathlib import Path
+import pytest,torch
+from torch import nn
+from fastai_runbn import cli
+from fastai_runbn.all import RunningBatchNorm2d
+from fastai_runbn.bench import quality
+from fastai_runbn.reference import ReferenceRunningBatchNorm
+
+root = Path(cli.__file__).resolve().parents[1]
+program = [sys.executable, '-c', 'import sys; from fastai_runbn.cli import main; main(sys.argv[1:])']
+def start(*args, cwd, **kw):
+    env = {k:v for k,v in os.environ.items() if k not in ('FORCE_COLOR','NO_COLOR')} | {'PYTHONPATH':str(root), 'TERM':'xterm'} | kw.pop('env', {})
+    return subprocess.Popen([*program,*args], cwd=cwd, env=env, start_new_session=True, **{'stdout':subprocess.PIPE, 'stderr':subprocess.PIPE, 'text':True, **kw})
+
+def run(capsys, *args):
+    "Exit code, output and errors of `runbn args`, in this process"
+    try: cli.main(list(args)); code = 0
+    except SystemExit as e: code = e.code
+    return code,*capsys.readouterr()
+
+def one_line(got, code, *says):
+    assert (got[0],len(got[2].splitlines()))==(code,1) and all(s in got[2] for s in says), got
+
+# interrupted
+
+def test_ctrl_c_is_130_and_one_line(tmp_path):
+    p = start('demo', '--epochs', '50', cwd=tmp_path)
+    assert p.stdout.readline().startswith("Lesson 10's convnet")
+    time.sleep(1)
+    os.killpg(p.pid, signal.SIGINT)
+    out,err = p.communicate(timeout=60)
+    assert (p.returncode,err)==(130,'runbn demo: interrupted\n') and 'Traceback' not in out and not [*tmp_path.iterdir()]
+
+def members(group):
+    "Processes of a group that still run"
+    def of(stat):
+        try: return re.match(r'(\d+) \(.*\) (\S) \d+ (\d+)', stat.read_text(), re.S)
+        except OSError: return None                                               # gone meanwhile
+    found = map(of, Path('/proc').glob('[0-9]*/stat'))
+    return [int(s[1]) for s in found if s and int(s[3])==group and s[2]!='Z']
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason="needs Linux's /proc")
+def test_ctrl_c_stops_the_processes_of_a_study(tmp_path):
+    p = start('bench', 'quality', '--quick', '--jobs', '2', '--json', 'x.jsonl', cwd=tmp_path)
+    end = time.time()+60
+    while len(members(p.pid))<4 and time.time()<end: time.sleep(.5)               # it, two workers, and multiprocessing's tracker
+    time.sleep(4)
+    os.killpg(p.pid, signal.SIGINT)
+    out,err = p.communicate(timeout=30)                                           # a trial takes longer
+    assert p.returncode==130 and err.splitlines()[-1]=='runbn bench: interrupted'
+    assert not members(p.pid)
+
+def test_an_interrupted_study_keeps_its_trials(tmp_path, monkeypatch, capsys):
+    def study(path, names, **kw):
+        Path(path).write_text('{}')
+        raise KeyboardInterrupt
+    monkeypatch.setattr(quality, 'bench_quality', study)
+    code,out,err = run(capsys, 'bench', 'quality', '--json', f'{tmp_path}/x.jsonl')
+    assert (code,err)==(130,'runbn bench: interrupted\n') and 'Trials so far: ' in out
+
+@pytest.mark.parametrize('command', ['demo','bench','convert'])
+def test_every_command_has_it(command, monkeypatch, capsys):
+    def interrupt(*args, **kw): raise KeyboardInterrupt
+    for f in ('_contend','_bench_speed','_read'): monkeypatch.setattr(cli, f, interrupt)
+    args = dict(demo=[], bench=['speed'], convert=[__file__,'x.pth'])[command]
+    one_line(run(capsys, command, *args), 130, f'runbn {command}: interrupted')
+
+# pipes and terminals
+
+def test_a_reader_that_leaves_is_no_traceback(tmp_path):
+    torch.save(nn.BatchNorm2d(3).state_dict(), tmp_path/'a.pth')
+    read,write = os.pipe()
+    os.close(read)
+    p = start('convert', 'a.pth', 'b.pth', cwd=tmp_path, stdout=write)
+    os.close(write)
+    assert (p.communicate(timeout=60)[1],p.returncode)==('',1)
+
+def on_terminal(*args, cwd, **env):
+    "What a terminal gets to see"
+    master,slave = pty.openpty()
+    p = start(*args, cwd=cwd, env=env, stdout=slave, stderr=slave, stdin=slave)
+    os.close(slave)
+    seen,end = b'',time.time()+120
+    while time.time()<end and select.select([master], [], [], 60)[0]:
+        try: new = os.read(master, 4096)
+        except OSError: break                                                     # Linux: all ends closed
+        if not new: break
+        seen += new
+    os.close(master)
+    return p.wait(timeout=60),seen.decode()
+
+colour = re.compile(r'\x1b\[[\d;]*\b(3[0-7]|9[0-7])m')
+@pytest.mark.parametrize('env', [{},{'NO_COLOR':'1'}], ids=['colours','NO_COLOR'])
+def test_a_terminal_has_a_bar_and_colours_unless_told_not_to(tmp_path, env):
+    code,seen = on_terminal('bench', 'speed', '--quick', '--only', '2x64x16x16 contiguous', '--contenders', '^ours$', '--device', 'cpu', cwd=tmp_path, **env)
+    assert code==0 and 'cases' in seen and seen.rindex('\x1b[?25h')>seen.rindex('\x1b[?25l'), seen     # the cursor is back
+    assert bool(colour.search(seen))==(not env), seen
+
+# options
+
+def test_help_of_every_command_names_every_option(capsys):
+    for name,f in cli.commands.items():
+        code,out,err = run(capsys, name, '--help')
+        assert (code,err)==(0,'') and f.__doc__.split(',')[0] in ' '.join(out.split())
+        for k in f.__annotations__: assert k in out, (name,k)
+
+def test_version(capsys): assert run(capsys, '--version')==(0,f'runbn {cli.__version__}\n','')
+def test_unknown_option_names_the_command(capsys): one_line(run(capsys, 'bench', 'speed', '--nope'), 2, 'runbn bench: unrecognized arguments: --nope', 'runbn bench --help')
+
+def test_out_and_json_are_the_same_everywhere(capsys, tmp_path):
+    (tmp_path/'d.png').mkdir()
+    for args in (['demo'],['bench','speed'],['bench','quality']):
+        for out,says in (('x.jpg','ends in .png'), (f'{tmp_path}/d.png','a folder'), (f'{tmp_path}/no/x.png','no folder')): one_line(run(capsys, *args, '--out', out), 2, '--out', says)
+    one_line(run(capsys, 'convert', __file__, str(tmp_path)), 2, 'a folder')
+
+def test_no_permission(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    one_line(run(capsys, 'demo', '--out', f'{tmp_path}/x.png'), 2, 'no permission')
+
+def test_a_full_disk_is_one_line_and_exit_1(capsys, monkeypatch):
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(cli, '_read', full)
+    one_line(run(capsys, 'convert', __file__, 'x.pth'), 1, 'runbn convert:', 'No space left')
+
+@pytest.mark.parametrize('given,seeds,jobs,norms', [([],3,2,''), (['--quick'],1,2,'^[^,+]+$'), (['--quick','--seeds','2','--jobs','1'],2,1,'^[^,+]+$'), (['--seeds','5','--contenders','MABN'],5,2,'MABN')])
+def test_options_of_a_study_reach_it(given, seeds, jobs, norms, monkeypatch, capsys):
+    got = {}
+    def study(path, names, **kw): got.update(kw); raise KeyboardInterrupt
+    monkeypatch.setattr(quality, 'bench_quality', study)
+    assert run(capsys, 'bench', 'quality', *given)[0]==130
+    assert (got['seeds'],got['jobs'],got['norms'])==(seeds,jobs,norms)
+
+# convert
+
+def checkpoint(path, **kw):
+    m = RunningBatchNorm2d(3, persistent_window=True)
+    m(torch.randn(2,3,4,4))
+    torch.save({k:{f'0.{n}':v for n,v in m.state_dict().items()} for k in kw.pop('keys')} | kw, path)
+
+@pytest.mark.parametrize('key', ['model','state_dict'])
+def test_nested_checkpoints(key, tmp_path, capsys):
+    checkpoint(tmp_path/'a.pth', keys=[key], epoch=3)
+    assert run(capsys, 'convert', f'{tmp_path}/a.pth', f'{tmp_path}/b.pth')==(0,f'{tmp_path}/b.pth: the windows of 1 layer left out\n','')
+    got = torch.load(tmp_path/'b.pth')
+    assert got['epoch']==3 and [*got[key]]==[f'0.{k}' for k in nn.BatchNorm2d(3).state_dict()]
+
+def test_lesson10(tmp_path, capsys):
+    m = ReferenceRunningBatchNorm(3)
+    m(torch.randn(2,3,4,4))
+    torch.save({f'0.{k}':v for k,v in m.state_dict().items()}, tmp_path/'a.pth')
+    code,out,err = run(capsys, 'convert', f'{tmp_path}/a.pth', f'{tmp_path}/b.pth')
+    assert (code,err)==(0,'') and "sums, squares and counts of 1 layer made BatchNorm's" in out
+    nn.Sequential(nn.BatchNorm2d(3)).load_state_dict(torch.load(tmp_path/'b.pth'))
+
+def test_safetensors_hold_tensors_only(tmp_path, capsys):
+    torch.save({'w':torch.ones(2), 'epoch':3}, tmp_path/'a.pth')
+    one_line(run(capsys, 'convert', f'{tmp_path}/a.pth', f'{tmp_path}/b.safetensors'), 2, "'epoch' is none")
+    t = torch.ones(3)
+    torch.save({'a':t, 'b':t}, tmp_path/'a.pth')                                 # tied weights
+    assert run(capsys, 'convert', f'{tmp_path}/a.pth', f'{tmp_path}/b.safetensors')[0]==0
