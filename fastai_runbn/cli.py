@@ -322,9 +322,11 @@ def runbn_parser()->ArgumentParser:
 
 # %% ../nbs/10_cli.ipynb #57658a6c
 def _stop_workers():
-    "Stop the processes of a study, which would finish their trials otherwise"
+    "Stop the processes of a study, which would finish their trials otherwise, and wait until they are gone: what they have to say comes before the last line"
     from multiprocessing import active_children
-    for p in active_children(): p.terminate()
+    workers = active_children()
+    for p in workers: p.terminate()
+    for p in workers: p.join(10)
 
 # %% ../nbs/10_cli.ipynb #ba64ee10
 commands = dict(demo=demo, bench=bench, convert=convert)

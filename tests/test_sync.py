@@ -69,3 +69,7 @@ def test_settings_ini_equals_pyproject():
     assert [s['console_scripts']] == [f'{k}={v}' for k,v in p['scripts'].items()]
     for k in ('lib_path','nbs_path','doc_path'): assert s[k] == n[k]
     assert s['tst_flags'].split() == n['tst_flags']
+
+def test_every_notebook_is_in_the_sidebar():
+    listed = re.findall(r'\S+\.ipynb', (root/'nbs/sidebar.yml').read_text())
+    assert sorted(listed) == sorted(p.relative_to(root/'nbs').as_posix() for p in notebooks)

@@ -40,7 +40,7 @@ mutations = [
     ("ranks: one rank's weight for the batch of all", 'distributed', '(bs/rule.length(M)).clamp(max=1)', '(bs/2/rule.length(M)).clamp(max=1)', ranks),
     ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
     ('ranks: gradients noted in every backward', 'distributed', 'if not again and (torch', 'if (torch', ranks),
-    ('ranks: sent with each batch that is accumulated', 'distributed', 'self.fold()\n    if not self.held: self.send()', 'self.fold()\n    self.send()', ranks),
+    ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.held: self.send()', 'self.send()', ranks),
     ('ranks: the running gradient not merged', 'distributed', 'self.pack.write(new._replace(grad=self.merged_grad(base, sums, share)))', 'self.pack.write(new)', ranks),
     ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks)]
 

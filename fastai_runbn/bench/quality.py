@@ -7,7 +7,7 @@ __all__ = ['contenders', 'regimes', 'Regime', 'make_learner', 'trial', 'load_qua
            'rate_table', 'plot_sizes', 'plot_rates', 'plot_curves', 'plot_gap']
 
 # %% ../../nbs/09_bench.quality.ipynb #d012dc63
-import itertools,json,math,re,time,warnings
+import itertools,json,math,re,signal,time,warnings
 from concurrent.futures import ProcessPoolExecutor,as_completed
 from copy import deepcopy
 from dataclasses import dataclass
@@ -248,6 +248,7 @@ def best_rate(df): return float(df.assign(score=pd.to_numeric(df.score).fillna(-
 # %% ../../nbs/09_bench.quality.ipynb #84d63b62
 def _start_worker():
     warnings.filterwarnings('ignore', message='.*torch.jit.script')
+    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that has started this one
     torch.set_num_threads(1)
 
 def _rows(todo, jobs, **kwargs):
