@@ -68,8 +68,9 @@ def window_share(
 )->tuple: # New window count $n'$ and share $\rho$ of the batch, `(C,)` each
     "The window's new count $n'=(1-a)n+aM$, and the share $\\rho=aM/n'$ that the batch has in it"
     count = torch.where(count<0, M, count)
-    count = count + a*(M-count)
-    return count, a*M/count
+    added = torch.ones_like(count)*(a*M) # rounded once, so that a first batch has a share of exactly 1
+    count = count*(1-a) + added
+    return count, added/count
 
 # %% ../nbs/01_moments.ipynb #557d4ea6
 def merge_moments(
