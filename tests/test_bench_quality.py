@@ -48,6 +48,17 @@ def test_the_swap_of_a_trained_model_changes_nothing(photos):
         with learn.no_bar(): losses.append(learn.validate()[0])
     assert losses[0]==losses[1]==losses[2] and any(isinstance(m, nn.BatchNorm2d) for m in learn.model.modules())
 
+@pytest.mark.parametrize('norm,affine,stats', [('BatchNorm',True,True), ('BatchNorm, frozen',False,False), ('BatchNorm, frozen statistics',True,False)])
+def test_frozen_norms_stay_what_they_were(photos, norm, affine, stats):
+    "In both phases of fine_tune; what is not frozen does not stay"
+    learn = make_learner('R4', norm, 2, 0, photos, 1)
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with learn.no_bar(),learn.no_logging(): regimes['R4'].train(learn, 1, 1e-3)
+    moved = {k for k,v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
+    names = [n for n,m in learn.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    for n in names: assert (f'{n}.bias' in moved,f'{n}.running_mean' in moved)==(affine,stats)
+    assert len(names)==10 and '0.0.0.weight' in moved
+
 def test_the_same_start_for_all_norms():
     weights = [make_learner('R1', n, 2, 1).model[0].weight for n in ('BatchNorm','GroupNorm','ours','MABN')]
     assert all(torch.equal(w, weights[0]) for w in weights)

@@ -20,7 +20,8 @@ from torch.optim.swa_utils import update_bn
 from fastai.basics import Callback,Learner,OptimWrapper,SGD,accuracy,no_random,set_seed,trainable_params
 from fastai.callback.schedule import ParamScheduler # noqa: gives Learner its fit_one_cycle
 from fastai.callback.tracker import TerminateOnNaNCallback
-from fastai.callback.training import BnFreeze,GradientAccumulation
+from fastai.callback.core import TrainEvalCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.metrics import JaccardCoeffMulti
 from .peers import BatchRenorm2d,MABN2d,centre_convs,use_norm
 from .tasks import body_and_head,lesson10_convnet,mnist_dls,digits_dls,photos_dls,scenes_dls,small_resnet,small_unet
@@ -69,13 +70,25 @@ class RecomputeStats(Callback):
         update_bn(seen, self.learn.model)
         self.learn.model.eval()
 
+class FreezeNorms(Callback):
+    "Train with BatchNorm in evaluation mode; `BnFreeze` of fastai is for norms that do not learn, and fastai has those of frozen layers learn"
+    run_after = TrainEvalCallback
+    def __init__(self,
+        learn_affine:bool=False, # Have scale and shift learn?
+    ): self.learn_affine = learn_affine
+    def before_train(self):
+        for m in self.model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.eval().requires_grad_(self.learn_affine)
+
+
 # %% ../../nbs/09_bench.quality.ipynb #6f64ea7d
 contenders = { # name: changes a BatchNorm model, given the steps that it will be trained for, and returns callbacks
     'BatchNorm':_batch_norm,
     'BatchNorm, momentum .01':partial(_batch_norm, momentum=.01),
     'BatchNorm, recomputed':lambda model, steps: [RecomputeStats()],
     'BatchNorm, centred':_batch_norm_centred,
-    'BatchNorm, frozen':lambda model, steps: [BnFreeze()],
+    'BatchNorm, frozen':lambda model, steps: [FreezeNorms()], # as torchvision's FrozenBatchNorm2d
+    'BatchNorm, frozen statistics':lambda model, steps: [FreezeNorms(learn_affine=True)],
     'GroupNorm':_group_norm,
     'GroupNorm + WS':_standardise,
     'BatchRenorm':_batch_renorm,
@@ -146,7 +159,7 @@ regimes = {
     'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
     'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five', lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375),
-                _new_head, _adam, _fine_tune, 8, (3e-4,1e-3,3e-3), (2,32), (*_batch_norms,'BatchNorm, frozen','GroupNorm','BatchRenorm','lesson 10','ours'), needs_data=True),
+                _new_head, _adam, _fine_tune, 8, (3e-4,1e-3,3e-3), (2,32), (*_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours'), needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(), _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16),
                 _all, metric=JaccardCoeffMulti())}
 
@@ -307,7 +320,7 @@ def rate_table(
     return table.reindex([n for n in contenders if n in table.index]).rename_axis(index=regime)
 
 # %% ../../nbs/09_bench.quality.ipynb #cee451fa
-_looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00','v','--'), 'BatchNorm, recomputed':('#d55e00','s',':'), 'BatchNorm, centred':('#d55e00','P','-.'), 'BatchNorm, frozen':('#d55e00','x','-.'),
+_looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00','v','--'), 'BatchNorm, recomputed':('#d55e00','s',':'), 'BatchNorm, centred':('#d55e00','P','-.'), 'BatchNorm, frozen':('#d55e00','x','-.'), 'BatchNorm, frozen statistics':('#d55e00','*',':'),
     'GroupNorm':('#009e73','^','-'), 'GroupNorm + WS':('#009e73','v','--'), 'BatchRenorm':('#e69f00','D','-'), 'MABN':('#cc79a7','P','-'), 'MABN, not centred':('#cc79a7','X','--'),
     'lesson 10':('#56b4e9','d','-'), 'ours, not centred':('#0072b2','X','--'), 'ours':('#0072b2','*','-')}
 
