@@ -3,7 +3,7 @@ import warnings
 import pytest,torch
 from torch import nn
 from torchvision.models import resnet18
-from fastai.vision.all import Adam,GradientAccumulation,Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
+from fastai.vision.all import Adam,Callback,GradientAccumulation,Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
 from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
 from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
 from fastai_runbn.callback import centre,filters_to_centre
@@ -116,8 +116,13 @@ def test_filters_stay_centred(make):
         warnings.simplefilter('ignore')
         learn.lr_find(num_it=5, show_plot=False, suggest_funcs=())
     convs = [n for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels>1]
+    class GradientMeans(Callback):
+        order,seen = 90,0. # after clipping
+        def before_step(self): self.seen = max(self.seen, *(w.grad.mean([1,2,3]).abs().max().item()/w.grad.std().item() for w in self.run_bn.centred.values()))
     for cbs in ([],[GradientAccumulation(32)]):
-        learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1)])
+        grads = GradientMeans()
+        learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1),grads])
+        assert 0<grads.seen<1e-6
         assert [f'{n}.weight' for n in convs] == list(means(learn)) and max(means(learn).values())<1e-7
     learn.freeze()
     learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))

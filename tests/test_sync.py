@@ -1,5 +1,6 @@
 "Notebooks, modules, README and the two configuration files say the same"
-import json,os,re,shutil,subprocess,sys
+import importlib.util,json,os,re,shutil,subprocess,sys
+from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -73,3 +74,13 @@ def test_settings_ini_equals_pyproject():
 def test_every_notebook_is_in_the_sidebar():
     listed = re.findall(r'\S+\.ipynb', (root/'nbs/sidebar.yml').read_text())
     assert sorted(listed) == sorted(p.relative_to(root/'nbs').as_posix() for p in notebooks)
+
+def test_mutations_are_of_the_code_as_it_is():
+    "What `tools/mutations.py` breaks stands once in its module, and tests/MUTATIONS.md has a row for it, of that code"
+    spec = importlib.util.spec_from_file_location('mutations', root/'tools'/'mutations.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    rows = (root/'tests'/'MUTATIONS.md').read_text()
+    for what,module,old,new,_ in tool.mutations:
+        assert (package/f'{module}.py').read_text().count(old)==1, what
+        assert tool._row(what, module, old, new, Counter()).removesuffix('**nothing**|') in rows, f'{what}: run `python tools/mutations.py {what!r}`'

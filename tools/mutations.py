@@ -6,16 +6,18 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]]
 compiled = ['tests/test_compile.py']
+learners = ['tests/test_learner.py','-k','filters']
+looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','written_out or one_process or may_read or nan or last_batches or retained']
 
 # what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
 mutations = [
-    ("the batch's weight taken for its share ρ", 'moments', 'return count, a*M/count', 'return count, a*torch.ones_like(count)', quick),
+    ("the batch's weight taken for its share ρ", 'moments', 'return count, added/count', 'return count, a*torch.ones_like(count)', quick),
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '', quick),
     ('no spread between images in the moments of a batch', 'functional', 'torch.add(between, v.sum(0), alpha=1/N)', 'v.sum(0)/N', quick),
     ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', quick),
     ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
-    ('credit and its complement swapped', 'functional', 'G = torch.lerp(own, new, credit)', 'G = torch.lerp(new, own, credit)', quick),
+    ('credit and its complement swapped', 'functional', 'G = torch.lerp(own, new, held', 'G = torch.lerp(new, own, held', quick),
     ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
     ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, sync)', 'self._statistics(x, path, sync)', quick),
     ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
@@ -24,7 +26,7 @@ mutations = [
     ('moments that are not finite merged, where one may look', 'functional', 'if look and math.isfinite(var.sum().item()):', 'if look:', quick),
     ('gradients that are not finite averaged', 'functional', 'torch.where(g.abs()<math.inf, new, running)', 'new', quick),
     ('gradients that are not finite averaged, where one may look', 'functional', 'if look and math.isfinite(g.sum().item()):', 'if look:', quick),
-    ('the variance reacts at its floor', 'functional', 'if free is not None: G = torch.stack((G[0], G[1]*free))', '', quick),
+    ('the variance reacts at its floor', 'functional', 'dweight*(free>0) if clamped else dweight', 'dweight', quick),
     ('the average for evaluation shorter than the window', 'functional', 'torch.minimum(share, share[0])', 'share', quick),
     ('the clamp counts the batch at hand', 'functional', 's.seen+bs if inclusive else', 's.seen+bs if True else', quick),
     ('the window left as it was by a load', 'layers', "elif not stored and prefix+'running_mean' in state_dict: self.seed_window()", '', quick),
@@ -42,7 +44,18 @@ mutations = [
     ('ranks: gradients noted in every backward', 'distributed', 'if not again and (torch', 'if (torch', ranks),
     ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.held: self.send()', 'self.send()', ranks),
     ('ranks: the running gradient not merged', 'distributed', 'self.pack.write(new._replace(grad=self.merged_grad(base, sums, share)))', 'self.pack.write(new)', ranks),
-    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks)]
+    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks),
+    ('filters: gradients not centred', 'callback', 'centre([w.grad for w in self.centred.values() if w.grad is not None])', 'pass', learners),
+    ('filters: not centred after a step', 'callback', 'centre(self.centred.values())', 'pass', learners),
+    ('filters: those of trained nets too', 'callback', 'always or not m.window_count.any() or _is_centred(w)', 'True', learners),
+    ('filters: those of one channel each too', 'callback', ' and w.shape[1]>1', '', learners),
+    ('filters: whatever stands before the norm', 'callback', 'if m._parameters: last = name,m', 'if isinstance(m, _convs): last = name,m', learners),
+    ('interpretation leaves the model in evaluation', 'interpret', 'for m,mode in modes: m.training = mode', 'pass', looks),
+    ("interpretation trains the model's own norms", 'interpret', 'return deepcopy(m, {', 'return m.train() or (m, {', looks),
+    ('the gap of a layer alone on inputs that the others changed', 'interpret', "differ(n, 'alone', _training(n, alone[n], x.clone()), y)", "differ(n, 'alone', _training(n, together[n], x.clone()), y)", looks),
+    ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])", "s['square']", looks),
+    ("the table's ρ is the weight of the batch", 'interpret', 'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
+    ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks)]
 
 def copy(to):
     "What git tracks or would, in another folder"
@@ -72,7 +85,7 @@ def main(word=''):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,compiled,ranks):
+        for tests in (quick,compiled,ranks,learners,looks):
             if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
