@@ -6,7 +6,7 @@ from torchvision.models import resnet18
 from fastai.vision.all import Adam,Callback,GradientAccumulation,Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
 from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
 from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
-from fastai_runbn.callback import centre,filters_to_centre
+from fastai_runbn.callback import FilterMeans
 from fastai_runbn.cli import train_digits
 
 def plain_learner(cbs=None, bs=32): return Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, lr=.1, cbs=cbs)
@@ -106,7 +106,7 @@ def test_lesson10_settings_reach_the_layers():
     learn = train_digits(RunBNCallback(**LESSON10), bs=32, epochs=1, bar=False)
     assert all(m.settings()==runbn_settings(**LESSON10) for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin))
 
-def means(learn): return {n:w.mean([*range(1, w.ndim)]).abs().max().item() for n,w in learn.run_bn.centred.items()}
+def means(learn): return {n:w.mean([*range(1, w.ndim)]).abs().max().item() for n,(w,_) in learn.run_bn.means.filters.items()}
 
 def test_filters_stay_centred(make):
     "With another optimizer, accumulated gradients, frozen groups and a learning rate search before; and in the fits after the first"
@@ -118,7 +118,7 @@ def test_filters_stay_centred(make):
     convs = [n for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels>1]
     class GradientMeans(Callback):
         order,seen = 90,0. # after clipping
-        def before_step(self): self.seen = max(self.seen, *(w.grad.mean([1,2,3]).abs().max().item()/w.grad.std().item() for w in self.run_bn.centred.values()))
+        def before_step(self): self.seen = max(self.seen, *(w.grad.mean([1,2,3]).abs().max().item()/w.grad.std().item() for w,_ in self.run_bn.means.filters.values()))
     for cbs in ([],[GradientAccumulation(32)]):
         grads = GradientMeans()
         learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1),grads])
@@ -126,25 +126,53 @@ def test_filters_stay_centred(make):
         assert [f'{n}.weight' for n in convs] == list(means(learn)) and max(means(learn).values())<1e-7
     learn.freeze()
     learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
-    assert all(w.requires_grad for w in learn.run_bn.centred.values()) and (len(learn.opt.param_lists)==1 or not learn.run_bn.centred)
+    filters = learn.run_bn.means.filters
+    assert all(w.requires_grad for w,_ in filters.values()) and (len(learn.opt.param_lists)==1 or not filters)
 
-def test_trained_models_keep_their_filters(make):
+def test_filters_of_trained_models_keep_their_means(make):
     learn = make(RunBNCallback())
     trained_stats(learn.model)
-    kept = {n:p.mean([1,2,3]).abs().max().item() for n,p in learn.model.named_parameters() if p.ndim==4}
-    learn.fit(1, 1e-5, cbs=ShortEpochCallback(.05))
-    assert not learn.run_bn.centred
-    assert all(p.mean([1,2,3]).abs().max().item() > .5*kept[n] > 1e-4 for n,p in learn.model.named_parameters() if p.ndim==4)
+    def filters(): return {n:p.detach().clone() for n,p in learn.model.named_parameters() if p.ndim==4}
+    before = filters()
+    learn.opt_func = Adam
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
+    after,held = filters(),learn.run_bn.means.filters
+    assert held and before.keys()-held.keys()=={next(iter(before))}-held.keys()
+    for n in held:
+        assert not torch.equal(after[n], before[n])
+        torch.testing.assert_close(after[n].mean([1,2,3]), before[n].mean([1,2,3]), rtol=0, atol=1e-7)
+        assert before[n].mean([1,2,3]).abs().max()>1e-4
 
-def test_filters_to_centre_takes_what_stands_before_a_norm():
+def test_filters_are_those_that_stand_before_a_norm():
     net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8),
         nn.Conv1d(8,3,1), nn.Linear(5,8), nn.BatchNorm1d(3), nn.Conv1d(3,3,1), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,4,1)))
-    assert list(filters_to_centre(net)) == ['0.weight','4.weight']               # not depthwise, not with something between, not without a norm
-    assert list(filters_to_centre(net, ['6'])) == ['4.weight']
+    def kept(*args): return {n:mean for n,(_,mean) in FilterMeans(net, *args).filters.items()}
+    assert kept()=={'0.weight':0, '4.weight':0}                                  # not depthwise, not with something between, not without a norm
+    assert kept(['6'])=={'4.weight':0} and not kept([])
     net[4].weight.requires_grad_(False)
     net[1](torch.randn(2,4,5))
-    assert not filters_to_centre(net) and list(filters_to_centre(net, always=True)) == ['0.weight']
     before = net[0].weight.detach().clone()
-    centre([net[0].weight])
+    assert kept(None, True)=={'0.weight':0} and torch.equal(kept()['0.weight'], before.mean([1,2], keepdim=True)) # trained
+    FilterMeans(net, zero=True).after_step()
     torch.testing.assert_close(net[0].weight, before-before.mean([1,2], keepdim=True))
-    assert list(filters_to_centre(net)) == ['0.weight']                          # trained, and centred already
+    assert kept()=={'0.weight':0}                                                # trained, and centred already
+
+def test_filters_keep_their_means_on_an_optimizer():
+    "As the callback has it, step by step, with Adam, whose steps have means where gradients have none"
+    def net():
+        torch.manual_seed(0)
+        return to_runbn(nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,4,3), nn.BatchNorm2d(4)))
+    a,b = net(),net()
+    opts = [torch.optim.Adam(m.parameters(), .01) for m in (a,b)]
+    assert isinstance(FilterMeans(a).on(opts[0]), FilterMeans)
+    for _ in range(5):
+        x = torch.randn(2,2,7,7)
+        for m,opt in zip((a,b), opts):
+            opt.zero_grad()
+            m(x).square().sum().backward()
+            if m is b:
+                for i in (0,3): b[i].weight.grad -= b[i].weight.grad.mean([1,2,3], keepdim=True)
+            opt.step()
+        with torch.no_grad():
+            for i in (0,3): b[i].weight -= b[i].weight.mean([1,2,3], keepdim=True)
+        assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))

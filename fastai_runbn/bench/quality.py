@@ -159,7 +159,7 @@ regimes = {
     'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
     'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five', lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375),
-                _new_head, _adam, _fine_tune, 8, (1e-3,3e-3,1e-2), (2,32), (*_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours'), needs_data=True),
+                _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,32), (*_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours, not centred','ours'), needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(), _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16),
                 _all, metric=JaccardCoeffMulti())}
 
