@@ -45,7 +45,7 @@ class FilterMeans:
             if m._parameters: last = name,m
 
     @torch.no_grad()
-    def before_step(self, *_):
+    def before_step(self):
         "Take from the gradients of each filter their mean"
         for w,_ in self.filters.values():
             if w.grad is not None: w.grad.sub_(_mean(w.grad))
@@ -59,7 +59,15 @@ class FilterMeans:
         opt:torch.optim.Optimizer, # Of PyTorch; with the model's own parameters, not with copies of them
     ):
         "Do both with each step of `opt`"
-        opt.register_step_pre_hook(self.before_step)
+        def before(opt, args, kwargs):
+            closure = kwargs.get('closure') or (args[1] if len(args)>1 else None)
+            if closure is None: return self.before_step()
+            def backward(): # the gradients are not there before
+                loss = closure()
+                self.before_step()
+                return loss
+            return args[:1],dict(kwargs, closure=backward)
+        opt.register_step_pre_hook(before)
         opt.register_step_post_hook(self.after_step)
         return self
 

@@ -157,8 +157,9 @@ def test_filters_are_those_that_stand_before_a_norm():
     torch.testing.assert_close(net[0].weight, before-before.mean([1,2], keepdim=True))
     assert kept()=={'0.weight':0}                                                # trained, and centred already
 
-def test_filters_keep_their_means_on_an_optimizer():
-    "As the callback has it, step by step, with Adam, whose steps have means where gradients have none"
+@pytest.mark.parametrize('closure', ['none','positional','keyword'])
+def test_filters_keep_their_means_on_an_optimizer(closure):
+    "As the callback has it, step by step, with Adam, whose steps have means where gradients have none; Lightning calls backward in a closure"
     def net():
         torch.manual_seed(0)
         return to_runbn(nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,4,3), nn.BatchNorm2d(4)))
@@ -168,8 +169,15 @@ def test_filters_keep_their_means_on_an_optimizer():
     for _ in range(5):
         x = torch.randn(2,2,7,7)
         for m,opt in zip((a,b), opts):
-            opt.zero_grad()
-            m(x).square().sum().backward()
+            def backward():
+                opt.zero_grad()
+                loss = m(x).square().sum()
+                loss.backward()
+                return loss
+            if m is a and closure!='none':
+                assert opt.step(*([backward] if closure=='positional' else []), **({} if closure=='positional' else dict(closure=backward)))>0
+                continue
+            backward()
             if m is b:
                 for i in (0,3): b[i].weight.grad -= b[i].weight.grad.mean([1,2,3], keepdim=True)
             opt.step()
