@@ -106,7 +106,8 @@ class RunBNCallback(Callback):
         if not self._looked or self.report.convertible:
             surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
             self._looked = True
-        self.means = FilterMeans(unwrapped(self.learn.model), [] if self.centre is False else [r.name for r in self.report.running if not r.why], bool(self.centre))
+        norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
+        self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre))
         self.keep_norms()
 
     def keep_norms(self):

@@ -178,13 +178,16 @@ class plain:
 _half = (torch.float16,torch.bfloat16)
 _small = 2**16 # Values in a tensor, up to which the number of operators counts more than what they do
 _empty = {dt:torch.empty(0, dtype=dt) for dt in (torch.float32,torch.float64)}
-_bn,_bn_grad,_gn,_gn_grad = torch.native_batch_norm,torch.ops.aten.native_batch_norm_backward.default,torch.native_group_norm,torch.ops.aten.native_group_norm_backward.default
+_bn,_bn_grad = torch.native_batch_norm,torch.ops.aten.native_batch_norm_backward.default
+_gn,_gn_grad = torch.native_group_norm,torch.ops.aten.native_group_norm_backward.default
 
 
 
 def _layout(x):
     "Memory format of `x` if it has one and is not plainly contiguous, else `torch.contiguous_format`"
-    if x.ndim in (4,5) and not x.is_contiguous() and x.is_contiguous(memory_format=(cl:=torch.channels_last if x.ndim==4 else torch.channels_last_3d)): return cl
+    if x.ndim in (4,5) and not x.is_contiguous():
+        last = torch.channels_last if x.ndim==4 else torch.channels_last_3d
+        if x.is_contiguous(memory_format=last): return last
     return torch.contiguous_format
 
 
@@ -328,7 +331,8 @@ class _Normalize(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, rho, free, window_grad, credit, eps, clamped, path, y, sync):
         ctx.save_for_backward(x, weight, mean, var, rho, free)
-        ctx.window_grad,ctx.credit,ctx.eps,ctx.clamped,ctx.path,ctx.bias_dtype,ctx.first,ctx.sync = window_grad,credit,eps,clamped,path,None if bias is None else bias.dtype,None,sync
+        ctx.window_grad,ctx.credit,ctx.eps,ctx.clamped,ctx.path,ctx.sync = window_grad,credit,eps,clamped,path,sync
+        ctx.bias_dtype,ctx.first = None if bias is None else bias.dtype,None
         if path is compiled: return y[0] # computed already
         return (path or plain).affine(x, mean, var, eps, *_as_stats(mean, weight, bias), *y)
 
@@ -349,8 +353,9 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
     def grads(dx, dweight, dbias): return dx,dweight.to(weight.dtype) if need_w else None,dbias.to(ctx.bias_dtype) if need_b else None
     path,w = ctx.path or plain,*_as_stats(mean, weight)
     if path is compiled:
-        got = _run_compiled(_backward, dy.contiguous(memory_format=_layout(x)), x, w, mean, var, rho, free, ctx.clamped, ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None,
-                            _number(ctx.credit, mean), ctx.eps, ctx.first, need_dx)
+        running = ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None
+        dy_,credit = dy.contiguous(memory_format=_layout(x)),_number(ctx.credit, mean)
+        got = _run_compiled(_backward, dy_, x, w, mean, var, rho, free, ctx.clamped, running, credit, ctx.eps, ctx.first, need_dx)
         if got is not None:
             *got,ctx.first = got
             return grads(*got)

@@ -132,7 +132,7 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
         mean,sigma = m.window_mean,m.window_var.sqrt()
         off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
         hits = self.recorder.floored.get(name) if self.recorder else None
-        rows.append(dict(layer=name, channels=m.num_features,
+        rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
             mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
             rho=rho, credit=float(m.credit)*(1 if math.isnan(M) else trust(M)),
             floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),

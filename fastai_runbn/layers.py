@@ -41,7 +41,8 @@ def runbn_settings(
     clamp = tuple(float(o) for o in clamp or ())
     check(all(0<=o<math.inf for o in clamp), f"clamp={clamp!r}: variances, 0 or more, were expected.")
     check(backend in backends, f"backend={backend!r}: one of {', '.join(backends)} was expected.")
-    return dict(momentum=momentum, credit=credit, eval_window=eval_window, clamp=clamp, clamp_inclusive=clamp_inclusive, persistent_window=persistent_window, backend=backend)
+    return dict(momentum=momentum, credit=credit, eval_window=eval_window, clamp=clamp, clamp_inclusive=clamp_inclusive,
+        persistent_window=persistent_window, backend=backend)
 
 # %% ../nbs/03_layers.ipynb #bddcf56a
 LESSON10 = dict(momentum=0.1, credit=0., eval_window=None, clamp=(0.01,)*20, clamp_inclusive=True)
@@ -231,7 +232,8 @@ def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
     a_e = None if self.eval_window is None else min(1, bs/self.eval_window)
     clamped,held,m,v,y,got = self._clamped(path),torch.is_tensor(self.credit) or self.credit>0,None,None,None,None
     if path is compiled:
-        got = _run_compiled(_forward, x, self.weight, self.bias, _number(a, state.mean), _number(a_e, state.mean), self.eps, state, self.clamp_inclusive, clamped, held)
+        weights = _number(a, state.mean),_number(a_e, state.mean)
+        got = _run_compiled(_forward, x, self.weight, self.bias, *weights, self.eps, state, self.clamp_inclusive, clamped, held)
         if got is None: path = choose_path(x, state.mean)
         else: y,stats,(m,v) = got
     if got is None:

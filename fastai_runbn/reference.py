@@ -6,8 +6,7 @@
 __all__ = ['ReferenceRunningBatchNorm']
 
 # %% ../nbs/00_reference.ipynb #fd06ac81
-import math
-import torch
+import math,torch
 from torch import nn, Tensor
 
 # %% ../nbs/00_reference.ipynb #323315dd

@@ -84,3 +84,7 @@ def test_mutations_are_of_the_code_as_it_is():
     for what,module,old,new,_ in tool.mutations:
         assert (package/f'{module}.py').read_text().count(old)==1, what
         assert tool._row(what, module, old, new, Counter()).removesuffix('**nothing**|') in rows, f'{what}: run `python tools/mutations.py {what!r}`'
+
+def test_style():
+    got = subprocess.run([str(Path(sys.executable).parent/'chkstyle'), 'fastai_runbn', 'nbs'], cwd=root, capture_output=True, text=True)
+    assert got.returncode==0, got.stdout

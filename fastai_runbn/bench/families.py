@@ -32,9 +32,9 @@ def _fastai(name):
 
 # %% ../../nbs/09_bench.families.ipynb #9826f8d0
 families = {
-    **{f'timm {n}':partial(_timm, n, size) for n,size in dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64, regnetx_002=64, densenet121=64, resnetv2_18=64,
-        mobileone_s0=64, inception_v3=96, darknet53=64, lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64, hrnet_w18_small=64, vgg11_bn=32, convmixer_768_32=32, levit_128s=224,
-        convnext_atto=64, vit_tiny_patch16_224=224).items()},
+    **{f'timm {n}':partial(_timm, n, size) for n,size in dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64, regnetx_002=64,
+        densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64, lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64,
+        hrnet_w18_small=64, vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64, vit_tiny_patch16_224=224).items()},
     **{f'torchvision {n}':partial(_torchvision, n, *shape) for n,shape in dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64), fcn_resnet50=(1,3,64,64),
         fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32), s3d=(1,3,16,224,224)).items()},
     **{f'fastai {n}':partial(_fastai, n) for n in ('vision_learner','unet_learner','tabular_learner','wgan critic')}}
@@ -62,4 +62,5 @@ def there_and_back(
     back = [type(m) for m in to_bn(model).modules()]
     same = all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in zip(first, second, _flat(run())))
     kinds = ', '.join(dict.fromkeys(type(m).__name__ for m in bns)) or 'none'
-    return dict(model=name, norms=len(bns), kinds=kinds, converted=len(after.running), left_alone=len(after.left_alone), others=dict(report.others), bit_equal=same and back==types)
+    return dict(model=name, norms=len(bns), kinds=kinds, converted=len(after.running), left_alone=len(after.left_alone), others=dict(report.others),
+        bit_equal=same and back==types)

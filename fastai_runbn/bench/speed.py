@@ -443,10 +443,12 @@ def geomean(
 def _verdict(group, contender, figures, limit, each=None, least=False):
     "A row of `summarize`: `figures`, a Series by case, and whether they are within `limit`"
     figures = figures.dropna()
-    mean,worst = geomean(figures),(figures.min() if least else figures.max()) if len(figures) else math.nan
+    worst_case = '' if figures.empty else figures.idxmin() if least else figures.idxmax()
+    mean,worst = geomean(figures),figures.min() if least else figures.max() # nan where there are none
     ok = (mean>=limit if least else mean<=limit) and (each is None or worst<=each)
-    return dict(group=group, contender=contender, cases=len(figures), mean=mean, worst=worst, worst_case=(figures.idxmin() if least else figures.idxmax()) if len(figures) else '',
-        target=f"{'≥' if least else '≤'} {limit:g}" + (f', each ≤ {each:g}' if each else ''), met='not measured' if not len(figures) else 'yes' if ok else 'no')
+    target = f"{'≥' if least else '≤'} {limit:g}" + (f', each ≤ {each:g}' if each else '')
+    return dict(group=group, contender=contender, cases=len(figures), mean=mean, worst=worst, worst_case=worst_case, target=target,
+        met='not measured' if figures.empty else 'yes' if ok else 'no')
 
 def summarize(
     df:pd.DataFrame, # Of `columns`
@@ -458,7 +460,8 @@ def summarize(
     rows,model,big = [],df.group.str.startswith('whole models'),~df.group.str.startswith('whole models') & (df.group!='small maps')
     for group,limits in targets.items():
         ours = 'ours','ours, model compiled' if group.startswith('whole models') else 'ours compiled'
-        for name,limit in zip(ours, limits): rows.append(_verdict(group, name, of(name, where=df.group==group), limit, no_shape_above.get(group) if name=='ours' else None))
+        for name,limit in zip(ours, limits):
+            rows.append(_verdict(group, name, of(name, where=df.group==group), limit, no_shape_above.get(group) if name=='ours' else None))
     speedup = of('lesson 10', where=big)/of('ours', where=big)
     rows.append(_verdict("times as fast as lesson 10's layer", 'ours', speedup, least_speedup, least=True))
     for what,where in (('peak memory, layers from 2x64x56x56',big), ('peak memory, whole models',model)):
