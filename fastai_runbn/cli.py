@@ -107,7 +107,7 @@ def demo(
     task = f"scikit-learn's digits, {bs} at a time, {epochs} epoch{'s'*(epochs>1)}"
     console.print(f"[bold]Lesson 10's convnet on {task}[/]")
     for name in _contenders:
-        if console.is_terminal: console.print(f"\n[bold]{name}[/]")
+        console.print(f"\n[bold]{name}[/]" if console.is_terminal else f"{name}: training …")
         learn,row = _contend(name, bs=bs, epochs=epochs, seed=seed, bar=console.is_terminal)
         rows.append(row)
         if learn: learns[name] = learn
