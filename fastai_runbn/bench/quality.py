@@ -186,7 +186,9 @@ class _Scores(Callback):
     "The metric after each epoch, over several fits"
     order = 60
     def __init__(self): self.values = []
-    def after_epoch(self): self.values.append(float(self.learn.recorder.metrics[-1].value))
+    def after_epoch(self):
+        value = self.learn.recorder.metrics[-1].value
+        if value is not None: self.values.append(float(value)) # None: a NaN has ended training before the validation
 
 # %% ../../nbs/09_bench.quality.ipynb #604f3540
 def make_learner(
@@ -222,6 +224,7 @@ def trial(
     try:
         with learn.no_bar(),learn.no_logging():
             regimes[regime].train(learn, epochs or regimes[regime].epochs, lr)
+            learn.remove_cbs(learn.cbs.filter(lambda cb: isinstance(cb, TerminateOnNaNCallback)))
             loss,score = learn.validate()
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
