@@ -263,7 +263,10 @@ def due(
 
 # %% ../../nbs/09_bench.quality.ipynb #81b2c6a6
 def _at(df, regime, norm, bs): return df[(df.regime==regime) & (df.norm==norm) & (df.bs==bs)]
-def best_rate(df): return float(df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.mean().idxmax())
+def best_rate(df):
+    "The rate of the best mean, of those with the most seeds"
+    scores = df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.agg(['size','mean'])
+    return float(scores[scores['size']==scores['size'].max()]['mean'].idxmax())
 
 # %% ../../nbs/09_bench.quality.ipynb #84d63b62
 def _start_worker():
