@@ -224,7 +224,7 @@ def trial(
     try:
         with learn.no_bar(),learn.no_logging():
             regimes[regime].train(learn, epochs or regimes[regime].epochs, lr)
-            learn.remove_cbs(learn.cbs.filter(lambda cb: isinstance(cb, TerminateOnNaNCallback)))
+            learn.remove_cb(TerminateOnNaNCallback)
             loss,score = learn.validate()
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
