@@ -9,6 +9,7 @@ __all__ = ['FilterMeans', 'RunBNCallback']
 import warnings
 import torch, torch.distributed as dist
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
@@ -26,23 +27,31 @@ _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d
 
 def _mean(w): return w.mean([*range(1, w.ndim)], keepdim=True)
 
+def _spread(w):
+    "Sum over filters of the square of their mean in standard errors: about 1 a filter where weights are drawn at random"
+    return float(_mean(w).square().sum()*w[0].numel()/w.var()) if w.any() else 0.
+
 class FilterMeans:
-    "Keep the means of the filters of the convolutions just before running norms: at zero where the norm is untrained or they are zero already, else where they are"
+    "Keep the means of the filters of convolutions before running norms and before no norm at all: at zero where the norm is untrained (where there is none, the whole model) or they are zero already, else where they are"
     @torch.no_grad()
     def __init__(self,
-        model:nn.Module, # With running norms
+        model:nn.Module, # With running norms; without any, nothing is kept
         norms=None, # Names of the norms that count; default: all running norms
         zero:bool=False, # At zero everywhere? A trained net becomes another one with that
     ):
-        self.filters,last = {},('',None) # names: weights `(n_out,n_in,*)`, and their means `(n_out,1,*)` or 0
-        for name,m in model.named_modules():
-            at,conv = last
-            if isinstance(m, RunningBatchNormMixin) and (norms is None or name in norms) and isinstance(conv, _convs) and conv.out_channels==m.num_features:
-                w = conv.weight
-                if isinstance(w, nn.Parameter) and w.requires_grad and w.ndim>2 and w.shape[1]>1: # not of one channel each: they may well detect a level
-                    mean = _mean(w)
-                    self.filters[f'{at}.weight'] = w, 0. if zero or not m.window_count.any() or mean.abs().max()<=1e-3*w.std() else mean
-            if m._parameters: last = name,m
+        self.filters,free = {},{} # names: weights `(n_out,n_in,*)`, and their means `(n_out,1,*)` or 0; and those before no norm at 0
+        own = [(n,m) for n,m in model.named_modules() if m._parameters]
+        norms = [m for n,m in own if isinstance(m, RunningBatchNormMixin) and (norms is None or n in norms)]
+        for (name,conv),(_,after) in zip(own, [*own[1:], ('',None)]) if norms else ():
+            if not isinstance(conv, _convs): continue
+            w,normed = conv.weight,after in norms and conv.out_channels==after.num_features
+            if not normed and not isinstance(after, (_ConvNd,nn.Linear,type(None))): continue # before another norm, or who knows what
+            if not isinstance(w, nn.Parameter) or not w.requires_grad or w.ndim<3 or w.shape[1]==1: continue # filters of one channel may well detect a level
+            mean = _mean(w)
+            self.filters[f'{name}.weight'] = w, 0. if zero or normed and not after.window_count.any() or mean.abs().max()<=1e-3*w.std() else mean
+            if not normed: free[f'{name}.weight'] = w,0.
+        stats = [m.running_mean for m in model.modules() if getattr(m, 'running_mean', None) is not None]
+        if not any(t.any() for t in stats) and sum(_spread(w) for w,_ in free.values())<=2*sum(len(w) for w,_ in free.values()): self.filters.update(free) # means as chance gives them
 
     @torch.no_grad()
     def before_step(self):
@@ -81,7 +90,7 @@ class RunBNCallback(Callback):
         exclude:str|list=None, # Names or globs of layers to leave
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
         window:str|None='accumulate', # With `GradientAccumulation(n_acc)`, a window of `3*n_acc` samples, if that is longer and no `momentum` is given; `None`: never
-        centre:bool|None=None, # Keep the means of the filters before the norms? `None`: at zero in nets that start untrained (Yan et al., 2020), else where they are, and only with `credit`; `True`: at zero
+        centre:bool|None=None, # Keep the means of the filters of convolutions? `None`: at zero in nets that start untrained (Yan et al., 2020), else where they are, and only with `credit`; `True`: at zero
         sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
         **kwargs # Settings of the layers
     ):
@@ -106,8 +115,7 @@ class RunBNCallback(Callback):
         if not self._looked or self.report.convertible:
             surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
             self._looked = True
-        norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
-        self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre))
+        self.means = None
         self.keep_norms()
 
     def keep_norms(self):
@@ -118,6 +126,12 @@ class RunBNCallback(Callback):
             if not rank_distrib(): warnings.warn(f"RunBNCallback(sync={self.sync!r}) has switched off sync_bn of DistributedTrainer, which would have made SyncBatchNorm of the running norms.")
 
 # %% ../nbs/06_callback.ipynb #bd92b0d9
+@patch
+def keep_means(self:RunBNCallback):
+    "Choose the filters that keep their means, where the model is as it will train: on its device, wrapped, of one mind on all ranks"
+    norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
+    self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre))
+
 @patch
 def before_step(self:RunBNCallback):
     "Gradients of filters that keep their means have none"
@@ -148,8 +162,9 @@ def lengthen(self:RunBNCallback):
 # %% ../nbs/06_callback.ipynb #3c1b2225
 @patch
 def before_train(self:RunBNCallback):
-    "Set the window's length, and on several ranks have them share it"
+    "Choose the filters that keep their means, set the window's length, and on several ranks have them share it"
     if self is not next(cb for cb in self.learn.cbs if isinstance(cb, RunBNCallback)): return
+    if not self.means: self.keep_means()
     self.lengthen()
     have,want = window_sync(self.learn.model),self.sync if in_parallel(self.learn.model) else None
     if have and (have.mode!=want or not have.current(self.learn.model)): have = sync_window(self.learn.model, None)

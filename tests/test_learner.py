@@ -143,19 +143,57 @@ def test_filters_of_trained_models_keep_their_means(make):
         torch.testing.assert_close(after[n].mean([1,2,3]), before[n].mean([1,2,3]), rtol=0, atol=1e-7)
         assert before[n].mean([1,2,3]).abs().max()>1e-4
 
-def test_filters_are_those_that_stand_before_a_norm():
-    net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8),
-        nn.Conv1d(8,3,1), nn.Linear(5,8), nn.BatchNorm1d(3), nn.Conv1d(3,3,1), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,4,1)))
-    def kept(*args): return {n:mean for n,(_,mean) in FilterMeans(net, *args).filters.items()}
-    assert kept()=={'0.weight':0, '4.weight':0}                                  # not depthwise, not with something between, not without a norm
-    assert kept(['6'])=={'4.weight':0} and not kept([])
+def kept(net, *args): return {n:mean if torch.is_tensor(mean) else 0 for n,(_,mean) in FilterMeans(net, *args).filters.items()}
+
+def test_filters_are_those_that_stand_before_a_norm_or_none():
+    net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8), nn.Conv1d(8,3,1), nn.GroupNorm(1,3),
+        nn.Conv1d(3,4,1), nn.Linear(5,8), nn.BatchNorm1d(4), nn.Conv1d(4,3,1), nn.PReLU(), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,2,1), nn.BatchNorm1d(6), nn.Conv1d(4,4,1)))
+    assert kept(net)=={f'{i}.weight':0 for i in (0,4,9,18)}                      # not depthwise, not before a norm or an activation that learns, not before a norm of other channels
+    assert kept(net, ['6'])=={f'{i}.weight':0 for i in (4,9,18)} and not kept(net, [])
     net[4].weight.requires_grad_(False)
     net[1](torch.randn(2,4,5))
-    before = net[0].weight.detach().clone()
-    assert kept(None, True)=={'0.weight':0} and torch.equal(kept()['0.weight'], before.mean([1,2], keepdim=True)) # trained
+    before = {f'{i}.weight':net[i].weight.detach().clone() for i in (0,9,18)}
+    held = kept(net)
+    assert kept(net, None, True)=={n:0 for n in before} and held.keys()==before.keys()  # trained
+    for n,w in before.items(): assert torch.equal(held[n], w.mean([1,2], keepdim=True))
     FilterMeans(net, zero=True).after_step()
-    torch.testing.assert_close(net[0].weight, before-before.mean([1,2], keepdim=True))
-    assert kept()=={'0.weight':0}                                                # trained, and centred already
+    for n,w in before.items(): torch.testing.assert_close(net.get_parameter(n), w-w.mean([1,2], keepdim=True))
+    assert kept(net)=={n:0 for n in before}                                      # trained, and centred already
+
+def test_nothing_is_kept_without_running_norms():
+    assert not kept(nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4), nn.Conv2d(4,4,3)))
+
+@pytest.mark.parametrize('trained', ['nothing','a BatchNorm that stays one','the filters without a norm'])
+def test_filters_without_a_norm_are_centred_where_nothing_is_trained(trained):
+    "An encoder without norms, or one whose norms are excluded, may come trained into a model whose other norms are not"
+    encoder = nn.Sequential(*[m for i in (2,16,32) for m in (nn.Conv2d(i,16*(1+i//16),3), nn.ReLU())])
+    other,head = nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4)),nn.Sequential(nn.Conv2d(48,8,1), nn.BatchNorm2d(8), nn.Conv2d(8,2,1))
+    model = to_runbn(nn.ModuleDict(dict(encoder=encoder, other=other, head=head)), include='head.*')
+    if trained=='a BatchNorm that stays one': other(torch.randn(2,2,5,5))
+    if trained=='the filters without a norm':
+        opt = torch.optim.Adam(encoder.parameters(), .01)
+        for _ in range(20):
+            opt.zero_grad()
+            encoder(torch.randn(4,2,9,9)).square().mean().backward()
+            opt.step()
+    before,got = {n:p.detach().mean([1,2,3], keepdim=True) for n,p in model.named_parameters() if p.ndim==4},kept(model)
+    zero = {'head.0.weight'} if trained!='nothing' else got.keys()
+    assert got.keys()=={'encoder.0.weight','encoder.2.weight','encoder.4.weight','head.0.weight','head.2.weight'}
+    for n,mean in got.items():
+        if n in zero: assert type(mean) is int
+        else: assert torch.equal(mean, before[n])
+
+def test_means_are_taken_where_the_model_trains(make):
+    "After callbacks have moved it: fastai puts it on its device in `before_fit`, later than the callback converts"
+    class Move(Callback):
+        order = -10
+        def before_fit(self): self.model.double()
+        def before_batch(self): self.learn.xb = tuple(x.double() for x in self.xb)
+    learn = make([RunBNCallback(),Move()])
+    trained_stats(learn.model)
+    learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
+    held = learn.run_bn.means.filters
+    assert held and all(mean.dtype is w.dtype is torch.float64 for w,mean in held.values())
 
 @pytest.mark.parametrize('closure', ['none','positional','keyword'])
 def test_filters_keep_their_means_on_an_optimizer(closure):

@@ -90,6 +90,7 @@ contenders = { # name: changes a BatchNorm model, given the steps that it will b
     'BatchNorm, frozen':lambda model, steps: [FreezeNorms()], # as torchvision's FrozenBatchNorm2d
     'BatchNorm, frozen statistics':lambda model, steps: [FreezeNorms(learn_affine=True)],
     'GroupNorm':_group_norm,
+    'GroupNorm, centred':lambda model, steps: _group_norm(centre_convs(model), steps),
     'GroupNorm + WS':_standardise,
     'BatchRenorm':_batch_renorm,
     'MABN':_mabn,
@@ -163,7 +164,7 @@ regimes = { # chkstyle: ignore-node, a table
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
         lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,32), _fine_tuned, needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
-        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16), _all, metric=JaccardCoeffMulti())}
+        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16), (*_both,'GroupNorm, centred'), metric=JaccardCoeffMulti())}
 
 
 # %% ../../nbs/09_bench.quality.ipynb #ca0c1002
@@ -331,7 +332,7 @@ def rate_table(
 
 # %% ../../nbs/09_bench.quality.ipynb #cee451fa
 _looks = {'BatchNorm':('#d55e00','o','-'), 'BatchNorm, momentum .01':('#d55e00','v','--'), 'BatchNorm, recomputed':('#d55e00','s',':'), 'BatchNorm, centred':('#d55e00','P','-.'), 'BatchNorm, frozen':('#d55e00','x','-.'), 'BatchNorm, frozen statistics':('#d55e00','*',':'),
-    'GroupNorm':('#009e73','^','-'), 'GroupNorm + WS':('#009e73','v','--'), 'BatchRenorm':('#e69f00','D','-'), 'MABN':('#cc79a7','P','-'), 'MABN, not centred':('#cc79a7','X','--'),
+    'GroupNorm':('#009e73','^','-'), 'GroupNorm, centred':('#009e73','P','-.'), 'GroupNorm + WS':('#009e73','v','--'), 'BatchRenorm':('#e69f00','D','-'), 'MABN':('#cc79a7','P','-'), 'MABN, not centred':('#cc79a7','X','--'),
     'lesson 10':('#56b4e9','d','-'), 'ours, not centred':('#0072b2','X','--'), 'ours':('#0072b2','*','-')}
 
 def _figure(df, title, path, draw, xlabel, ylabel, log=None, ticks=()):
