@@ -183,7 +183,7 @@ def test_filters_without_a_norm_are_centred_where_nothing_is_trained(trained):
         if n in zero: assert type(mean) is int
         else: assert torch.equal(mean, before[n])
 
-def test_means_are_taken_where_the_model_trains(make):
+def test_means_of_filters_are_taken_where_the_model_trains(make):
     "After callbacks have moved it: fastai puts it on its device in `before_fit`, later than the callback converts"
     class Move(Callback):
         order = -10

@@ -144,8 +144,8 @@ _batch_norms = 'BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed'
 _all = (*_batch_norms,*_peers,'lesson 10','ours')
 _both = (*_all,'BatchNorm, centred','ours, not centred') # what centring does alone, and the layer alone
 
-def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what=''):
-    return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, every_rate=True)
+def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False):
+    return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, every_rate=every_rate)
 
 def _resnet(opt, rates, sizes, accumulate=0, norms=_all, what=''):
     return Regime(f'A small ResNet on photographs, {what}', lambda bs, data: photos_dls(data, bs, part=3750), lambda data: small_resnet(), opt, _one_cycle, 4, rates, sizes, norms,
@@ -155,16 +155,16 @@ def _resnet(opt, rates, sizes, accumulate=0, norms=_all, what=''):
 _fine_tuned = *_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours, not centred','ours'
 
 regimes = { # chkstyle: ignore-node, a table
-    'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle'),
+    'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle', every_rate=True),
     'R1 constant':_lesson(mnist_dls, _constant, what='4,000 MNIST digits, SGD, constant rate'),
     'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32), what="scikit-learn's digits, SGD, one cycle"),
     'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), norms=_both, what='Adam, one cycle'),
     'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
     'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
-        lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,32), _fine_tuned, needs_data=True),
+        lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,), _fine_tuned, needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
-        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1,16), (*_both,'GroupNorm, centred'), metric=JaccardCoeffMulti())}
+        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), (*_both,'GroupNorm, centred'), metric=JaccardCoeffMulti())}
 
 
 # %% ../../nbs/09_bench.quality.ipynb #ca0c1002
