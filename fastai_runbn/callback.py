@@ -115,8 +115,13 @@ class RunBNCallback(Callback):
         if not self._looked or self.report.convertible:
             surgery.to_runbn(self.learn.model, **self.choice, **self.settings)
             self._looked = True
-        self.means = None
+        self.means = None # not chosen yet
         self.keep_norms()
+
+    def keep_means(self):
+        "Choose the filters that keep their means, where the model is as it will train: on its device, wrapped, of one mind on all ranks"
+        norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
+        self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre))
 
     def keep_norms(self):
         "Switch `sync_bn` of fastai's DistributedTrainer off, which would replace running norms by SyncBatchNorm"
@@ -124,23 +129,6 @@ class RunBNCallback(Callback):
             if type(cb).__name__!='DistributedTrainer' or not cb.sync_bn: continue
             cb.sync_bn = False
             if not rank_distrib(): warnings.warn(f"RunBNCallback(sync={self.sync!r}) has switched off sync_bn of DistributedTrainer, which would have made SyncBatchNorm of the running norms.")
-
-# %% ../nbs/06_callback.ipynb #bd92b0d9
-@patch
-def keep_means(self:RunBNCallback):
-    "Choose the filters that keep their means, where the model is as it will train: on its device, wrapped, of one mind on all ranks"
-    norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
-    self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre))
-
-@patch
-def before_step(self:RunBNCallback):
-    "Gradients of filters that keep their means have none"
-    if self.means: self.means.before_step()
-
-@patch
-def after_step(self:RunBNCallback):
-    "Filters keep their means"
-    if self.means: self.means.after_step()
 
 # %% ../nbs/06_callback.ipynb #8d71084a
 @patch
@@ -190,6 +178,17 @@ def before_backward(self:RunBNCallback):
             if isinstance(m, RunningBatchNormMixin): m.window_grad.mul_(scale/self._scale)
         if sync: sync.scale_grad(scale/self._scale)
     self._scale = scale
+
+# %% ../nbs/06_callback.ipynb #bd92b0d9
+@patch
+def before_step(self:RunBNCallback):
+    "Gradients of filters that keep their means have none"
+    if self.means: self.means.before_step()
+
+@patch
+def after_step(self:RunBNCallback):
+    "Filters keep their means"
+    if self.means: self.means.after_step()
 
 # %% ../nbs/06_callback.ipynb #38af02ac
 @patch

@@ -54,7 +54,7 @@ mutations = [
     ('filters: without a norm, not at zero', 'callback', 'self.filters.update(free)', 'pass', learners),
     ('filters: without a norm, at zero beside trained norms', 'callback', 'not any(t.any() for t in stats) and ', '', learners),
     ('filters: without a norm, at zero where they are trained', 'callback', '<=2*sum(', '<=1e9*sum(', learners),
-    ('filters: means from before the model has moved', 'callback', 'self.means = None\n', 'self.keep_means()\n', learners),
+    ('filters: means from before the model has moved', 'callback', 'self.means = None # not chosen yet', 'self.keep_means()', learners),
     ('interpretation leaves the model in evaluation', 'interpret', 'for m,mode in modes: m.training = mode', 'pass', looks),
     ("interpretation trains the model's own norms", 'interpret', 'return deepcopy(m, {', 'return m.train() or (m, {', looks),
     ('the gap of a layer alone on inputs that the others changed', 'interpret', "differ(n, 'alone', _training(n, alone[n], x.clone()), y)", "differ(n, 'alone', _training(n, together[n], x.clone()), y)", looks),
