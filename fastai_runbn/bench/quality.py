@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache,partial
 from multiprocessing import get_context
 from pathlib import Path
+from textwrap import fill
 import pandas as pd, torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -142,6 +143,7 @@ def _new_head(data):
 _peers = 'GroupNorm','GroupNorm + WS','BatchRenorm','MABN','MABN, not centred'
 _batch_norms = 'BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed'
 _all = (*_batch_norms,*_peers,'lesson 10','ours')
+_main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
 _both = (*_all,'BatchNorm, centred','ours, not centred') # what centring does alone, and the layer alone
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False):
@@ -156,10 +158,10 @@ _fine_tuned = *_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','
 
 regimes = { # chkstyle: ignore-node, a table
     'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle', every_rate=True),
-    'R1 constant':_lesson(mnist_dls, _constant, what='4,000 MNIST digits, SGD, constant rate'),
-    'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32), what="scikit-learn's digits, SGD, one cycle"),
+    'R1 constant':_lesson(mnist_dls, _constant, norms=_main, what='4,000 MNIST digits, SGD, constant rate'),
+    'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32), norms=_main, what="scikit-learn's digits, SGD, one cycle"),
     'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), norms=_both, what='Adam, one cycle'),
-    'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), what='SGD with momentum, one cycle'),
+    'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,32), norms=_main, what='SGD with momentum, one cycle'),
     'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
         lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,), _fine_tuned, needs_data=True),
@@ -344,7 +346,7 @@ def _figure(df, title, path, draw, xlabel, ylabel, log=None, ticks=()):
         rows = df[(df.norm==name) & df.score.notna()]
         size = dict(lw=2.5, ms=11, zorder=3) if name=='ours' else dict(lw=1.3, ms=6, zorder=2)
         if len(rows): draw(ax, rows, dict(color=color, marker=marker, ls=line, label=name, **size))
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 85))
     if log:
         ax.set_xscale('log', base=log)
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
