@@ -1,10 +1,12 @@
 "Make the site in _docs, without quarto and without the net: `python tools/docs.py`, or `--check` to make it elsewhere and only look for dead links. Needs smalldocs and Python 3.11"
 import argparse,os,re,shutil,sys,tempfile
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
 os.environ.setdefault('MPLBACKEND', 'agg')
 import yaml
+from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.frontmatter import nb_frontmatter
 from nbdev.quarto import refresh_quarto_yml
@@ -90,6 +92,15 @@ def unlink(
         text = re.sub(r'<a href="\.\./tests/[^>]*>(.*?)</a>', r'<code>\1</code>', text)
         p.write_text(re.sub(r'<a href="([\w./]+\.html)#(\w+)">(<code>\2</code>)</a>', kept, text), encoding='utf-8')
 
+def render_math(
+    site:Path, # The site's folder
+):
+    "TeX as MathML, which browsers show by themselves; smalldocs leaves it to KaTeX from the net"
+    def mathml(m): return convert(unescape(m[2]), display='block' if m[1]=='display' else 'inline')
+    for p in site.rglob('*.html'):
+        text = p.read_text(encoding='utf-8')
+        p.write_text(re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', mathml, text, flags=re.S), encoding='utf-8')
+
 def make(
     to:Path, # The site's folder, made anew
     n_workers:int=2, # Processes
@@ -106,6 +117,7 @@ def make(
         site.out = to.resolve()
         site.build()
         unlink(to)
+        render_math(to)
         return [*[w for w in site.warnings if 'broken link' not in w], *dead_links(to)]
 
 def main():
