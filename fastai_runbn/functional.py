@@ -72,7 +72,7 @@ def merge_batch(
     counts:tuple, # The window's count $n$, and $t+k$ of the average (of `average_share`)
     look:bool=False, # May values be looked at, to do less where all are finite? On a GPU it would have to wait
 )->tuple: # The window's new mean and variance, the batch's share $\rho$ in it, and where it was merged, `(C,)` each; `None`: everywhere
-    "Merge a batch into a window and an average, both at once; a channel that is not finite, or would become so, stays out, with $\rho=0$"
+    r"Merge a batch into a window and an average, both at once; a channel that is not finite, or would become so, stays out, with $\rho=0$"
     m,v = _as_stats(means[0], m, v)
     old = torch.stack((*means,*vars,*counts)).view(3, len(means), -1)
     mean,var,count = old.unbind()
@@ -406,7 +406,7 @@ def window_statistics(
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance
 )->tuple: # To normalise with: mean, variance, the batch's share $\rho$, and 0 where at the floor, else how far it is held to what is owed; `(C,)` each
-    "Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\rho=0$"
+    r"Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\rho=0$"
     if x.shape[1]!=len(window_mean): raise RuntimeError(f"running batch norm of {len(window_mean)} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     path = choose_path(x, window_mean)
     m,v,_ = path.moments(x)
