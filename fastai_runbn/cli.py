@@ -262,10 +262,10 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
     for o,v in (('--seeds',seeds), ('--jobs',jobs)):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
     if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
-    names = ['R1 digits'] if quick else [n for n,r in quality.regimes.items() if re.search(only, n) and (data or not r.needs_data)]
+    names = ['R1 digits'] if quick else [n for n,r in quality.regimes.items() if re.search(only, n) and (data or not r.needs_data) and (only or not r.held_out)]
     if not names: raise CliError(f"--only {only}: takes photographs; give a folder or tar of them with --data")
     console,progress = _console()
-    kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''))
+    kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''), sizes=(2,32) if quick else None)
     with progress as bar,TemporaryDirectory() as d:
         task = bar.add_task('trials', total=None)
         def report(row, left): console.print(_trial_line(row), soft_wrap=True); bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)

@@ -5,8 +5,8 @@ import pytest,torch
 from PIL import Image
 from torch import nn
 from fastai_runbn.bench import quality
-from fastai_runbn.bench.quality import best_rate,due,load_quality,make_learner,regimes,trial
-from fastai_runbn.layers import LESSON10,RunningBatchNormMixin
+from fastai_runbn.bench.quality import ClipLag,CompensateLag,EmptyWindows,best_rate,due,load_quality,make_learner,regimes,trial
+from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNormMixin
 import pandas as pd
 
 @pytest.fixture(scope='module')
@@ -19,7 +19,7 @@ def photos(tmp_path_factory):
             for i in range(n): Image.fromarray((rng.rand(32,32,3)*120+12*cls).astype(np.uint8)).save(d/split/f'c{cls}'/f'{i}.png')
     return d
 
-@pytest.mark.parametrize('regime,norm', [(r,n) for r in ('R2','R4') for n in regimes[r].norms])
+@pytest.mark.parametrize('regime,norm', [(r,n) for r in ('R2','R4') for n in (*regimes[r].norms,*regimes[r].variants)])
 def test_every_contender_trains(regime, norm, photos):
     row = trial(regime, norm, 2, regimes[regime].rates[0], 0, photos, 1)
     assert row['note']=='' and 0<=row['score']<=1 and row['seconds']>0 and all(0<=o<=1 for o in row['curve'])
@@ -105,3 +105,54 @@ def test_due_waits_for_the_first_seed():
     assert len(due(load_quality('nowhere'), ['R2'], 3, norms))==3*len(regimes['R2'].sizes)
     two = pd.DataFrame([dict(t, score=1.) for t in all_first if t['bs']==bs[1]][:2])
     assert not [t for t in due(two, names, 3, norms) if t['bs']==bs[1] and t['seed']]
+
+def test_variants_are_for_the_first_batch_size():
+    r,todo = regimes['R2'],due(load_quality('nowhere'), ['R2'], 1)
+    assert {t['bs'] for t in todo if t['norm'] in r.variants}=={r.sizes[0]}
+    assert {t['norm'] for t in todo}=={*r.norms,*r.variants} and len(todo)==3*(len(r.norms)*len(r.sizes)+len(r.variants))
+
+def _after_a_step(norm, lr=.1):
+    "Learner of a variant after an epoch of four images, and its norms"
+    learn = make_learner('R1 digits', norm, 2, 0, epochs=1)
+    learn.dls.train.part,learn.dls.train.get_idxs = 4,lambda: [*range(4)]
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, lr)
+    return learn,[m for m in learn.model.modules() if isinstance(m, RunningBatchNorm2d)]
+
+def test_compensated_windows_scale_with_the_filters():
+    learn,norms = _after_a_step('ours, lag compensated')
+    cb,conv = next(cb for cb in learn.cbs if isinstance(cb, CompensateLag)),learn.model[3]
+    assert [n for _,n in cb.pairs]==norms
+    mean,var = norms[1].window_mean.clone(),norms[1].window_var.clone()
+    cb.before_step()
+    with torch.no_grad(): conv.weight[:8] *= 3
+    cb.after_step()
+    assert torch.allclose(norms[1].window_mean[:8], 3*mean[:8]) and torch.allclose(norms[1].window_var[:8], 9*var[:8])
+    assert torch.equal(norms[1].window_mean[8:], mean[8:]) and torch.equal(norms[1].window_var[8:], var[8:])
+
+def test_clipped_lag_is_a_quarter_of_the_batch():
+    learn,norms = _after_a_step('ours, lag clipped')
+    assert not norms[0]._forward_pre_hooks      # all removed after the fit
+    cb,x = next(cb for cb in learn.cbs if isinstance(cb, ClipLag)),torch.randn(2,8,6,6)
+    norms[0].window_var.fill_(.01)
+    cb.clip(norms[0].train(), (100*x,))
+    assert torch.allclose(norms[0].window_var, (100*x).var((0,2,3), correction=0)/4)
+    before = norms[0].window_var.clone()
+    cb.clip(norms[0], (x,)); assert torch.equal(norms[0].window_var, before)
+    cb.clip(norms[0].eval(), (1e4*x,)); assert torch.equal(norms[0].window_var, before)
+
+def test_windows_empty_at_first_only():
+    learn,norms = _after_a_step('ours, windows empty at first')
+    cb = next(cb for cb in learn.cbs if isinstance(cb, EmptyWindows))
+    assert all((n.window_count>0).all() for n in norms)
+    cb.before_fit(); assert all((n.window_count>0).all() for n in norms)
+    del cb.norms
+    cb.before_fit(); assert all((n.window_count==0).all() for n in norms)
+
+@pytest.mark.parametrize('regime,norm', [('H1','MABN'),('H2','GroupNorm + WS'),('H2','ours'),('H3','BatchRenorm'),('H3','MABN'),('H3','ours')])
+def test_held_out_nets_train(regime, norm, photos):
+    learn = make_learner(regime, norm, 2, 0, photos, epochs=1)
+    learn.dls.train.part,learn.dls.train.get_idxs = 4,lambda: [*range(4)]
+    before = [p.detach().clone() for p in learn.model.parameters()]
+    with learn.no_bar(),learn.no_logging(): learn.fit(1, 1e-3)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert any(not torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))

@@ -243,3 +243,7 @@ def test_use_norm_keeps_the_activation_of_timm():
     kinds = [type(m).__name__ for m in net.modules()]
     assert 'BatchNormAct2d' not in kinds and type(net.bn1[2]) is nn.SiLU and kinds.count('GroupNorm')==49
     assert net(torch.randn(1,3,32,32)).shape==(1,1000)
+
+def test_depthwise_convolutions_are_not_centred():
+    net = centre_convs(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3, groups=2)))
+    assert [type(m) for m in net]==[CenConv2d,nn.Conv2d,CenConv2d]

@@ -157,8 +157,9 @@ _centred = {nn.Conv2d:CenConv2d, nn.Conv3d:CenConv3d}
 def centre_convs(
     model:nn.Module, # Changed in place
 )->nn.Module: # `model` itself
-    "Make all `nn.Conv2d` and `nn.Conv3d` of `model`, of exactly these classes, centred ones"
-    for m in model.modules(): m.__class__ = _centred.get(type(m), type(m))
+    "Make all `nn.Conv2d` and `nn.Conv3d` of `model`, of exactly these classes, centred ones; depthwise ones stay, which could not blur any more"
+    for m in model.modules():
+        if type(m) in _centred and not (m.groups>1 and m.weight.shape[1]==1): m.__class__ = _centred[type(m)]
     return model
 
 # %% ../../nbs/09_bench.peers.ipynb #231f5a13
