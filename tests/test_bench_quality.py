@@ -114,7 +114,7 @@ def test_variants_are_for_the_first_batch_size():
 def _after_a_step(norm, lr=.1):
     "Learner of a variant after an epoch of four images, and its norms"
     learn = make_learner('R1 digits', norm, 2, 0, epochs=1)
-    learn.dls.train.part,learn.dls.train.get_idxs = 4,lambda: [*range(4)]
+    learn.dls.train.get_idxs = lambda: [*range(4)]
     with learn.no_bar(),learn.no_logging(): learn.fit(1, lr)
     return learn,[m for m in learn.model.modules() if isinstance(m, RunningBatchNorm2d)]
 

@@ -215,7 +215,7 @@ _all = (*_batch_norms,*_peers,'lesson 10','ours')
 _main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
 _both = (*_all,'BatchNorm, centred','ours, not centred') # what centring does alone, and the layer alone
 
-_tried = tuple(variants)[:-2]
+_tried = tuple(variants)[:-2] # the last two are for R3 and R4
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False, variants=()):
     return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs), lambda data: lesson10_convnet(), SGD, train, epochs,
