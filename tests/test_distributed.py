@@ -226,7 +226,7 @@ def test_alone():
 # fastai
 
 script = '''
-import json,os,sys,warnings
+import gc,json,os,sys,warnings
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 from fastai.distributed import DistributedDL
@@ -287,8 +287,10 @@ res = dict(calls=check.calls, said=said, types=[type(m).__name__ for m in learn.
     momentum=repr(learn.model[2].momentum), seen=learn.model[2].samples_seen.item(), batches=learn.model[2].num_batches_tracked.item())
 Path(f'{out}/{dist.get_rank()}.json').write_text(json.dumps(res))
 del learn
+gc.collect() # a Learner and its callbacks hold each other, and with them the group, whose threads may abort in the interpreter's own end
 dist.barrier()
 dist.destroy_process_group()
+assert not any('gloo' in o.read_text() for o in Path('/proc/self/task').glob('*/comm')) # on Linux
 '''
 
 def launched(launcher, what, tmp_path):
@@ -296,7 +298,7 @@ def launched(launcher, what, tmp_path):
     (tmp_path/'train.py').write_text(script)
     start = {'torchrun':['-m','torch.distributed.run','--standalone','--nproc-per-node','2'],
              'accelerate':['-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','0']}[launcher]
-    env = {k:v for k,v in os.environ.items() if k not in ('IN_TEST',)} | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root), PYTHONWARNINGS='ignore')
+    env = {k:v for k,v in os.environ.items() if k not in ('IN_TEST',)} | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root), PYTHONWARNINGS='ignore', PYTHONFAULTHANDLER='1')
     p = subprocess.Popen([sys.executable,*start,str(tmp_path/'train.py'),what,str(root/'tests'),str(tmp_path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try: out,_ = p.communicate(timeout=120)
     finally:
