@@ -143,6 +143,7 @@ variants = {f'ours, {name}':change for name,change in { # chkstyle: ignore-node,
     'no clamp':partial(_ours, clamp=None),
     'lag clipped':lambda model, steps: _ours(model, steps, ClipLag),
     'lag compensated':lambda model, steps: _ours(model, steps, CompensateLag),
+    'window 60, lag clipped':lambda model, steps: _ours(model, steps, ClipLag, momentum=window(60)),
     'window not by accumulated batch':partial(_ours, window=None),
     'windows empty at first':lambda model, steps: _ours(model, steps, EmptyWindows)}.items()}
 
@@ -241,7 +242,7 @@ def _held_out(what, model, loaders=lambda bs, data: photos_dls(data, bs, part=15
 _fine_tuned = *_batch_norms,'BatchNorm, frozen','BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours, not centred','ours'
 
 regimes = { # chkstyle: ignore-node, a table
-    'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), what='4,000 MNIST digits, SGD, one cycle', every_rate=True),
+    'R1':_lesson(mnist_dls, sizes=(2,1,4,8,32), variants=('ours, window 60, few values or many','ours, lag clipped','ours, window 60, lag clipped'), what='4,000 MNIST digits, SGD, one cycle', every_rate=True),
     'R1 constant':_lesson(mnist_dls, _constant, sizes=(2,1,4,8,32), norms=_main, what='4,000 MNIST digits, SGD, constant rate'),
     'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32,1,8,4), norms=_main, variants=_tried, what="scikit-learn's digits, SGD, one cycle"),
     'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,32,1,8,4), norms=_both, variants=_tried, what='Adam, one cycle'),
@@ -250,7 +251,7 @@ regimes = { # chkstyle: ignore-node, a table
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
         lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,), _fine_tuned, ('ours, windows empty at first',), needs_data=True),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
-        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), (*_both,'GroupNorm, centred'), metric=JaccardCoeffMulti()),
+        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), (*_both,'GroupNorm, centred'), ('ours, window 60, lag clipped',), metric=JaccardCoeffMulti()),
     'H1':_held_out('A small DenseNet of torchvision on clothes', lambda data: _densenet(), needs_data=True),
     'H2':_held_out("timm's mobilenetv3_small_050 on clothes", lambda data: _mobilenet(), needs_data=True),
     'H3':_held_out('A small ResNet in three dimensions on bodies in noise', lambda data: small_resnet(1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=tuple(n for n in _main if n!='GroupNorm + WS'))}
