@@ -307,7 +307,8 @@ def _run_compiled(f, x, *args):
     except Exception as e: # of the compiler, that is, before anything was computed; or it is the caller's
         if isinstance(e, torch.cuda.OutOfMemoryError) or known and not isinstance(e, torch._dynamo.exc.TorchDynamoException): raise
         _cannot_compile.append(e)
-        warnings.warn(f"backend='compiled': torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:200]}); going on with backend='auto'.")
+        why = getattr(e, 'inner_exception', e) # a BackendCompilerFailed says no more than that it failed
+        warnings.warn(f"backend='compiled': torch.compile does not work here ({type(why).__name__}: {(str(why).strip().splitlines() or [''])[0][:200]}); going on with backend='auto'.")
 
 class compiled:
     "Forward and backward compiled by Inductor"

@@ -49,7 +49,8 @@ def test_a_callback_twice_is_a_warning_and_the_first_one_counts():
     with pytest.warns(UserWarning, match='RunBNCallback is there twice.*remove_cb'): fit(learn)
     assert {m.credit for m in running(learn)} == {1.}
 
-@pytest.mark.parametrize('kw', [dict(credit=2), dict(momentum=0), dict(momentum='fast'), dict(momentum=lambda bs,M: 2.), dict(eval_window=0), dict(clamp=[-1]), dict(clamp=[float('nan')])], ids=str)
+@pytest.mark.parametrize('kw', [dict(credit=2), dict(momentum=0), dict(momentum='fast'), dict(momentum=lambda bs,M: 2.), dict(eval_window=0), dict(clamp=[-1]), dict(clamp=[float('nan')])],
+    ids=['credit 2','momentum 0','momentum a word','momentum gives 2','eval_window 0','clamp -1','clamp nan'])
 def test_a_setting_out_of_range_is_an_error_at_once(kw):
     model = net()
     for f in (lambda: to_runbn(model, **kw), lambda: RunBNCallback(**kw), lambda: RunningBatchNorm2d(3, **kw)):

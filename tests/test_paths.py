@@ -103,7 +103,8 @@ def test_compiled_in_a_schedule_a_bad_batch_and_twice_backward():
     assert compiled.skipped_batches==1
 
 def test_without_a_compiler_it_warns_once_and_goes_on(monkeypatch):
-    def broken(*a, **k): raise RuntimeError('InvalidCxxCompiler: no g++')
+    class Failed(RuntimeError): inner_exception = RuntimeError('InvalidCxxCompiler: no g++') # as torch's BackendCompilerFailed
+    def broken(*a, **k): raise Failed("backend='inductor' raised:")
     monkeypatch.setattr(torch, 'compile', broken)
     monkeypatch.setattr(functional, '_cannot_compile', [])
     monkeypatch.setattr(functional, '_compiled', {})

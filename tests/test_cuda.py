@@ -1,0 +1,147 @@
+"On a GPU, where there is one: CUDA's kernels beside the reference and the formulas, no waiting, half precision, memory, the compiler, moving"
+from copy import deepcopy
+import pytest,torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from fastai_runbn.bench.speed import peak_memory
+from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
+from fastai_runbn.reference import ReferenceRunningBatchNorm
+from fastai_runbn.surgery import to_runbn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA here')
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+C = 5
+forms = {'(N,C)':(RunningBatchNorm1d,(),None), '(N,C,L)':(RunningBatchNorm1d,(300,),None), '2d':(RunningBatchNorm2d,(7,6),None), 'channels_last':(RunningBatchNorm2d,(7,6),torch.channels_last),
+         'large':(RunningBatchNorm2d,(130,90),None), 'large channels_last':(RunningBatchNorm2d,(130,90),torch.channels_last),
+         '3d':(RunningBatchNorm3d,(6,5,7),None), 'channels_last_3d':(RunningBatchNorm3d,(6,5,7),torch.channels_last_3d)}
+every_form = pytest.mark.parametrize('form', forms)
+all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None, clamp=None), dict(affine=False)], ids=['default','lesson10','cumulative','not affine'])
+
+def batches(form, n, dtype, sizes=(2,1,4,3,8)):
+    "`n` batches of changing size, and gradients of the same layout"
+    _,space,fmt = forms[form]
+    for i in range(n):
+        x = (torch.randn(sizes[i%len(sizes)],C,*space, device=device)*2+1).to(dtype)
+        if fmt: x = x.to(memory_format=fmt)
+        yield x,torch.randn_like(x)
+
+def step(layer, x, dy):
+    "Output, gradients and state"
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    y = layer(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *[p.grad for p in layer.parameters()], *[b.clone() for b in layer.buffers()]]
+
+def same(a, b, tol, what=''):
+    for k,(p,q) in enumerate(zip(a, b, strict=True)): torch.testing.assert_close(p.cpu().double(), q.cpu().double(), rtol=tol, atol=tol, msg=lambda m: f'{what}, value {k}: {m}')
+
+@every_form
+@pytest.mark.parametrize('backend', ['auto','plain'])
+def test_beside_the_reference(form, backend):
+    layer,ref = forms[form][0](C, dtype=torch.float64, device=device, backend=backend, **LESSON10),ReferenceRunningBatchNorm(C).double().to(device)
+    for k,(x,dy) in enumerate(batches(form, 40, torch.float64)):
+        y,dx,dw,db,*_ = step(layer, x, dy)
+        xr = x.clone().requires_grad_()
+        ref.zero_grad()
+        (yr := ref(xr)).backward(dy)
+        same([y,dx,dw,db,layer.window_mean], [yr,xr.grad,ref.mults.grad,ref.adds.grad,(ref.sums/ref.count).detach()], 1e-9, f'step {k}')
+    assert layer.path==('plain' if backend=='plain' else 'aten')
+
+@every_form
+@all_settings
+@pytest.mark.parametrize('dtype,tol', [(torch.float64,1e-9),(torch.float32,1e-3)], ids=str)
+def test_beside_the_formulas_on_the_cpu(form, settings, dtype, tol):
+    layer,exact = forms[form][0](C, dtype=dtype, device=device, **settings),forms[form][0](C, dtype=torch.float64, backend='plain', **settings)
+    for k,(x,dy) in enumerate(batches(form, 12, dtype)): same(step(layer, x, dy), step(exact, x.cpu().double(), dy.cpu().double()), tol, f'step {k}')
+    assert layer.path=='aten'
+    same([layer.eval()(x)], [exact.eval()(x.cpu().double())], tol)
+
+@every_form
+@pytest.mark.parametrize('dtype,tol', [(torch.float16,2e-3),(torch.bfloat16,1.6e-2)], ids=str)
+def test_half_precision(form, dtype, tol):
+    "Of the largest value, two roundings of the dtype; of .01 where all but cancels"
+    layer,exact = forms[form][0](C, device=device),forms[form][0](C, dtype=torch.float64, backend='plain')
+    for x,dy in batches(form, 12, dtype):
+        got,want = step(layer, x, dy),step(exact, x.cpu().double(), dy.cpu().double())
+        for p,q in zip(got[:4], want[:4]): assert (p.cpu().double()-q).abs().max() <= tol*q.abs().max().clamp(min=.01)
+        same(got[4:], want[4:], 1e-3)
+    assert got[0].dtype==got[1].dtype==dtype and layer.window_mean.dtype==torch.float32 and layer.path=='aten'
+
+@every_form
+@all_settings
+def test_nothing_waits(form, settings):
+    "PyTorch raises where the host would wait for the GPU"
+    layer = forms[form][0](C, device=device, **settings)
+    data = list(batches(form, 4, torch.float32))
+    step(layer, *data[0])
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for x,dy in data: step(layer, x, dy)
+    finally: torch.cuda.set_sync_debug_mode('default')
+
+@pytest.mark.parametrize('ratio', [1e2,1e4])
+def test_large_means(ratio):
+    "|mean|/σ up to 1e4 in float32"
+    layer,exact,worst = RunningBatchNorm2d(C, device=device),RunningBatchNorm2d(C, device=device).double(),0.
+    for _ in range(100):
+        x = torch.randn(2,C,16,16, device=device)+ratio
+        with torch.no_grad(): y,y64 = layer(x).double(),exact(x.double())
+        worst = max(worst, float((y-y64).norm()/y64.norm()))
+    assert worst < 2e-7*ratio
+
+def test_a_bad_batch_and_one_value_per_channel():
+    layer,exact = RunningBatchNorm2d(C, device=device),RunningBatchNorm2d(C, backend='plain', dtype=torch.float64)
+    for k in range(12):
+        x,dy = torch.randn(1 if k%2 else 2,C,1,1, device=device),torch.randn(1 if k%2 else 2,C,1,1, device=device)
+        if k==5: x[0,2] = float('nan')
+        if k==7: x[0,3] = float('inf')
+        got,want = step(layer, x, dy),step(exact, x.cpu().double(), dy.cpu().double())
+        if k not in (5,7): same(got, want, 1e-4, f'step {k}')
+    assert layer.skipped_batches==2 and all(b.isfinite().all() for b in layer.buffers())
+
+@pytest.mark.parametrize('settings', [{}, LESSON10], ids=['default','lesson10'])
+def test_compiled_by_inductor(settings):
+    "The backend, and a model compiled as a whole"
+    auto,backend = [RunningBatchNorm2d(C, dtype=torch.float64, device=device, backend=b, **settings) for b in ('auto','compiled')]
+    for x,dy in batches('2d', 12, torch.float64): same(step(auto, x, dy), step(backend, x, dy), 1e-9)
+    assert backend.path=='compiled'
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Conv2d(C,8,3), RunningBatchNorm2d(8, **settings), nn.ReLU(), nn.Conv2d(8,C,3)).double().to(device)
+    twin = deepcopy(net)
+    compiled = torch.compile(twin, fullgraph=True)
+    for x,_ in batches('2d', 12, torch.float64):
+        for m,f in ((net,net), (twin,compiled)): m.zero_grad(); (f(x)**3).sum().backward()
+        same([*[p.grad for p in net.parameters()],*net.buffers()], [*[p.grad for p in twin.parameters()],*twin.buffers()], 1e-9)
+
+def test_checkpointed():
+    net = nn.Sequential(nn.Conv2d(C,8,3), RunningBatchNorm2d(8), nn.ReLU()).double().to(device)
+    twin = deepcopy(net)
+    for x,_ in batches('2d', 12, torch.float64):
+        for m,f in ((net,net), (twin,lambda x: checkpoint(twin, x, use_reentrant=False))): m.zero_grad(); (f(x)**3).sum().backward()
+        same([*[p.grad for p in net.parameters()],*net.buffers()], [*[p.grad for p in twin.parameters()],*twin.buffers()], 1e-9)
+
+@pytest.mark.parametrize('fmt', [torch.contiguous_format,torch.channels_last], ids=str)
+@pytest.mark.parametrize('auto', [False,True], ids=['float32','autocast'])
+def test_memory_is_batch_norms(fmt, auto):
+    "Peak of a forward and a backward of ResNet-18"
+    from torchvision.models import resnet18
+    x,peak = torch.randn(2,3,128,128, device=device).to(memory_format=fmt),[]
+    for model in (resnet18(), to_runbn(resnet18())):
+        model = model.to(device, memory_format=fmt)
+        def run():
+            with torch.autocast(device, torch.bfloat16, enabled=auto): loss = model(x).float().square().mean()
+            loss.backward()
+        for _ in range(3): run()
+        peak.append(peak_memory(run, device))
+    assert peak[1] <= 1.02*peak[0]
+
+def test_moved_and_loaded():
+    "To the GPU and back in the midst of training, and a checkpoint from there into BatchNorm here"
+    layer,stays = RunningBatchNorm2d(C).double(),RunningBatchNorm2d(C).double()
+    for k,(x,dy) in enumerate(batches('2d', 12, torch.float64)):
+        layer.to(device if k%2 else 'cpu')
+        same(step(layer, x.to(layer.weight.device), dy.to(layer.weight.device)), step(stays, x.cpu(), dy.cpu()), 1e-9)
+    bn = nn.BatchNorm2d(C).double()
+    bn.load_state_dict(layer.to(device).state_dict())
+    same([bn.eval()(x.cpu())], [layer.eval()(x)], 1e-9)
