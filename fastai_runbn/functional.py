@@ -355,8 +355,8 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
     path,w = ctx.path or plain,*_as_stats(mean, weight)
     if path is compiled:
         running = ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None
-        dy_,credit = dy.contiguous(memory_format=_layout(x)),_number(ctx.credit, mean)
-        got = _run_compiled(_backward, dy_, x, w, mean, var, rho, free, ctx.clamped, running, credit, ctx.eps, ctx.first, need_dx)
+        dy_,credit,eps = dy.contiguous(memory_format=_layout(x)),_number(ctx.credit, mean),_number(ctx.eps, mean)
+        got = _run_compiled(_backward, dy_, x, w, mean, var, rho, free, ctx.clamped, running, credit, eps, ctx.first, need_dx)
         if got is not None:
             *got,ctx.first = got
             return grads(*got)

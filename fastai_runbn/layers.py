@@ -232,8 +232,8 @@ def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
     a_e = None if self.eval_window is None else min(1, bs/self.eval_window)
     clamped,held,m,v,y,got = self._clamped(path),torch.is_tensor(self.credit) or self.credit>0,None,None,None,None
     if path is compiled:
-        weights = _number(a, state.mean),_number(a_e, state.mean)
-        got = _run_compiled(_forward, x, self.weight, self.bias, *weights, self.eps, state, self.clamp_inclusive, clamped, held)
+        numbers = [_number(o, state.mean) for o in (a,a_e,self.eps)]
+        got = _run_compiled(_forward, x, self.weight, self.bias, *numbers, state, self.clamp_inclusive, clamped, held)
         if got is None: path = choose_path(x, state.mean)
         else: y,stats,(m,v) = got
     if got is None:
