@@ -31,6 +31,7 @@ def _credited(dbias, dweight, M, rho, free, clamped, running, credit, first=None
     if look and math.isfinite(g.sum().item()): new = running.lerp_(g, rho)
     else:
         new = torch.lerp(running, g, rho)
+        if torch.compiler.is_compiling(): new = torch.ops.fastai_runbn.realize(new)
         running.copy_(torch.where(g.abs()<math.inf, new, running))
     held = torch.stack((_one(free), free))
     G = torch.lerp(own, new, held if not torch.is_tensor(credit) and credit==1 else held*credit)
@@ -162,7 +163,8 @@ class plain:
     def affine(x, mean, var, eps, weight, bias, y=None):
         rstd = (var+eps).rsqrt()
         y = (x-_per_channel(mean,x)) * _per_channel(rstd if weight is None else rstd*weight, x)
-        return (y if bias is None else y+_per_channel(bias,x)).to(x.dtype)
+        if bias is not None: y = y+_per_channel(bias,x)
+        return y if y.dtype==x.dtype else y.to(x.dtype) # not a `to` that does nothing: with it, torch.compile of torch 2.11 lost all gradients
 
     @staticmethod
     def grads(dy, x, mean, var, eps, weight, credited, need_dx):
@@ -389,9 +391,10 @@ def _keep_kernel(t):
 
 _lib = torch.library.Library('fastai_runbn', 'FRAGMENT') # torch.library.custom_op would do, but searches all modules for its source: 80 ms more for an import
 if not hasattr(torch.ops.fastai_runbn, 'keep'): # it is there where this page runs in a process that has the library
-    _lib.define('keep(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
-    _lib.impl('keep', _keep_kernel, 'CompositeExplicitAutograd')
-    _lib.impl('keep', torch.empty_like, 'Meta')
+    for name,kernel in (('keep',_keep_kernel), ('realize',torch.clone)):
+        _lib.define(f'{name}(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
+        _lib.impl(name, kernel, 'CompositeExplicitAutograd')
+        _lib.impl(name, torch.empty_like, 'Meta')
 
 def _keep(*ts):
     "`ts`, safe from being computed again by a compiled backward"

@@ -3,7 +3,10 @@ import os
 os.environ.setdefault('MPLBACKEND', 'agg') # figures are drawn, never shown
 import pytest,torch
 from datetime import timedelta
+from fastai.torch_core import default_device
 from hypothesis import settings as profile
+
+default_device(False) # learners and notebooks are on the CPU, where there is a GPU too; test_cuda.py and cells with `#| cuda` are not
 
 common = dict(deadline=timedelta(seconds=5), print_blob=True, derandomize=False)
 profile.register_profile('default', max_examples=200, **common)

@@ -38,6 +38,19 @@ def test_compiled_equals_eager(backend, name):
     assert counters['stats']['unique_graphs'] == 2                      # one for the first size, one for all others
     assert not counters['graph_break']
 
+@needs_compiler
+@pytest.mark.parametrize('name', all_settings)
+def test_two_images_and_nothing_after_the_norm(name):
+    "The sizes at which Inductor of torch 2.11 fused the running gradient's update into the loop that reads it"
+    eager = net(**all_settings[name])[:2]
+    twin = deepcopy(eager)
+    compiled = torch.compile(twin, fullgraph=True)
+    for step in range(4):
+        x = torch.randn(2,3,7,6).double()
+        for m,f in ((eager,eager), (twin,compiled)): m.zero_grad(); (f(x)**3).sum().backward()
+        for (k,a),b in zip((*eager.named_parameters(),*eager.named_buffers()), (*twin.parameters(),*twin.buffers())): close(b, a, f'{k}, step {step}')
+        for (k,a),b in zip(eager.named_parameters(), twin.parameters()): close(b.grad, a.grad, f'gradient of {k}, step {step}')
+
 @pytest.mark.parametrize('where', ['checkpoint in compile','compile in checkpoint'])
 def test_compiled_checkpoints_are_an_error_with_a_remedy(where):
     def run(remedy):

@@ -3,10 +3,14 @@ from copy import deepcopy
 import pytest,torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from fastai.basics import default_device,load_learner
 from fastai_runbn.bench.speed import peak_memory
+from fastai_runbn.bench.quality import trial
+from fastai_runbn.callback import RunBNCallback
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from fastai_runbn.surgery import to_runbn
+from learners import make,running
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no CUDA here')
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -145,3 +149,28 @@ def test_moved_and_loaded():
     bn = nn.BatchNorm2d(C).double()
     bn.load_state_dict(layer.to(device).state_dict())
     same([bn.eval()(x.cpu())], [layer.eval()(x)], 1e-9)
+
+@pytest.fixture
+def on_gpu():
+    default_device(True)
+    yield
+    default_device(False)
+
+@pytest.mark.parametrize('to', [None,'to_fp16','to_bf16'])
+@pytest.mark.parametrize('kind', ['plain','vision'])
+def test_a_learner_on_the_gpu(kind, to, on_gpu, tmp_path):
+    "Trains, finds a rate, validates, saves, and is loaded without a GPU"
+    learn = make(kind, RunBNCallback(), bs=4, path=tmp_path)
+    if to: getattr(learn, to)()
+    with learn.no_bar():
+        learn.lr_find(show_plot=False, num_it=20)
+        learn.fit_one_cycle(1, .02 if kind=='plain' else 1e-3)
+        loss,accuracy = learn.validate()
+    assert running(learn) and all(m.path=='aten' and m.window_mean.is_cuda and m.window_mean.dtype==torch.float32 for m in running(learn))
+    assert all(b.isfinite().all() for m in running(learn) for b in m.buffers()) and accuracy > .7
+    learn.export('net.pkl')
+    there = load_learner(tmp_path/'net.pkl', cpu=True)
+    x,_ = learn.dls.valid.one_batch()
+    with torch.no_grad(): same([there.model.eval()(x.cpu())], [learn.model.eval()(x)], 2e-2) # convolutions there have 10 bits of mantissa
+
+def test_a_trial_of_the_study(on_gpu): assert trial('R1 digits', 'ours', 8, .1, 0, epochs=1)['score'] > .8

@@ -209,6 +209,7 @@ def test_fsdp_on_gloo(two, version):
     torch.testing.assert_close(l, want_l, rtol=1e-4, atol=1e-5)
     same_buffers(b, want, 1e-4)
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='with a GPU DataParallel is another thing')
 def test_data_parallel_on_a_cpu():
     "Without a GPU DataParallel calls the model as it is; with some, each copy would merge its part into a window that is thrown away, but for the first's"
     a,b = ranked.small(),ranked.small()
@@ -298,7 +299,7 @@ def launched(launcher, what, tmp_path):
     (tmp_path/'train.py').write_text(script)
     start = {'torchrun':['-m','torch.distributed.run','--standalone','--nproc-per-node','2'],
              'accelerate':['-m','accelerate.commands.launch','--multi_gpu','--num_processes','2','--num_machines','1','--mixed_precision','no','--dynamo_backend','no','--main_process_port','0']}[launcher]
-    env = {k:v for k,v in os.environ.items() if k not in ('IN_TEST',)} | dict(OMP_NUM_THREADS='1', PYTHONPATH=str(root), PYTHONWARNINGS='ignore', PYTHONFAULTHANDLER='1')
+    env = {k:v for k,v in os.environ.items() if k not in ('IN_TEST',)} | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(root), PYTHONWARNINGS='ignore', PYTHONFAULTHANDLER='1')
     p = subprocess.Popen([sys.executable,*start,str(tmp_path/'train.py'),what,str(root/'tests'),str(tmp_path)], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try: out,_ = p.communicate(timeout=120)
     finally:

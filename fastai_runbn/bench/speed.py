@@ -156,12 +156,12 @@ def peak_memory(
     f, # Function without arguments
     device:str='cpu', # Whose memory
 )->int: # Bytes
-    "Most memory that a call of `f` holds at a time, beyond what was held before: the peak of allocations less frees"
+    "Most memory that a call of `f` holds at a time, beyond what was held before: the peak of allocations less frees; on CUDA of what was asked for, not of the blocks given"
     if device=='cuda':
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()['requested_bytes.all.current']
         f(); torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()-before
+        return torch.cuda.memory_stats()['requested_bytes.all.peak']-before
     with profile(activities=_activities(device), profile_memory=True) as p: f()
     with TemporaryDirectory() as d:
         p.export_chrome_trace(f'{d}/trace.json')
