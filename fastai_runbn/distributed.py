@@ -16,7 +16,7 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import average_share,head_start,merge_moments,trust,window,window_share
+from .moments import average_share,batch_weight,head_start,merge_moments,trust,window,window_share
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin
 
@@ -115,9 +115,8 @@ def add_gradients(self:_Pack, sums, notes, like):
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
     if rule is None: return torch.zeros_like(bs) # it depends on the channel
-    if type(rule) is window: return (bs/rule.length(M)).clamp(max=1)
-    if callable(rule): return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in zip(bs.tolist(), M.tolist())])
-    return torch.where(bs<=1, rule, 1-(1-rule)/(bs-1).clamp(min=1).sqrt())
+    if callable(rule) and type(rule) is not window: return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in zip(bs.tolist(), M.tolist())])
+    return batch_weight(rule, bs, M, None)
 
 @patch
 def rules(self:_Pack):

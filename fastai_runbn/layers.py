@@ -14,7 +14,7 @@ from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from fastcore.basics import patch
-from .moments import batch_moments,batch_weight,head_start,trust,window
+from .moments import _at_most_1,batch_moments,batch_weight,head_start,trust,window
 from .functional import State,choose_path,compiled,count_batch,normalize,on_cpu,_forward,_keep,_number,_run_compiled
 
 # %% ../nbs/03_layers.ipynb #aa465bfb
@@ -200,6 +200,17 @@ def _clamped(self:RunningBatchNormMixin, path):
     if not self.clamp: return False
     return path is not on_cpu or '_unscheduled' in vars(self) or self.samples_seen.item()<len(self.clamp)
 
+# %% ../nbs/03_layers.ipynb #bdd53e1b
+def _as_tensors(like, *sizes):
+    "Sizes as they are, but for a compiler as tensors"
+    return [torch.full((), n, dtype=like.dtype, device=like.device) for n in sizes] if torch.compiler.is_compiling() else sizes
+
+@patch
+def _trusted(self:RunningBatchNormMixin, x):
+    "The credit of a batch like `x`"
+    if not torch.is_tensor(self.credit) and self.credit==0: return 0.
+    return self.credit*trust(_as_tensors(self.window_mean, x.numel()//x.shape[1])[0])
+
 # %% ../nbs/03_layers.ipynb #edb2f9b2
 @patch
 def forward(self:RunningBatchNormMixin, x:Tensor)->Tensor:
@@ -216,7 +227,7 @@ def _normalized(self:RunningBatchNormMixin, x, sync=None):
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
         path = choose_path(x, self.window_mean, self.backend) if sync is None else sync.path(self, x)
         stats,clamped,path,y = self._statistics(x.detach(), path, sync)
-        credit,grad,pool = (self.credit*trust(x.numel()//x.shape[1]),self.window_grad,None) if sync is None else sync.gradient(self, x)
+        credit,grad,pool = (self._trusted(x),self.window_grad,None) if sync is None else sync.gradient(self, x)
         y = normalize(x, stats, self.weight, self.bias, credit, grad, self.eps, clamped, path, y, pool)
     return y if type(x) in (Tensor,nn.Parameter,type(y)) else y.as_subclass(type(x))
 
@@ -228,8 +239,9 @@ def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
         if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
         if self._recent and torch._C._current_graph_task_id() != -1: return _recall(x, self._recent),True,choose_path(x, self.window_mean),None
     bs,M,state = x.shape[0],x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
-    a = None if self.momentum is None else batch_weight(self.momentum, bs, M, None)
-    a_e = None if self.eval_window is None else min(1, bs/self.eval_window)
+    sizes = (bs,M) if callable(self.momentum) and type(self.momentum) is not window else _as_tensors(state.mean, bs, M)
+    a = None if self.momentum is None else batch_weight(self.momentum, *sizes, None)
+    a_e = None if self.eval_window is None else _at_most_1(_as_tensors(state.mean, bs)[0]/self.eval_window)
     clamped,held,m,v,y,got = self._clamped(path),torch.is_tensor(self.credit) or self.credit>0,None,None,None,None
     if path is compiled:
         numbers = [_number(o, state.mean) for o in (a,a_e,self.eps)]

@@ -23,19 +23,22 @@ def batch_moments(
 
 # %% ../nbs/01_moments.ipynb #66a2bbe2
 def lesson10_momentum(
-    bs:int, # Samples in the batch
-    M:int=None, # Values per channel in the batch; not used
+    bs:int|Tensor, # Samples in the batch
+    M:int|Tensor=None, # Values per channel in the batch; not used
     mom:float=0.1, # Weight of a batch of two, in (0,1]
-)->float: # Weight $a$ of the batch, in (0,1]
+)->float|Tensor: # Weight $a$ of the batch, in (0,1]; a tensor for one
     "$a = 1-(1-mom)/\\sqrt{bs-1}$, fast.ai lesson 10 (2019); at `bs=1` as at `bs=2`"
+    if torch.is_tensor(bs): return torch.where(bs<=1, mom, 1-(1-mom)/(bs-1).clamp(min=1).sqrt())
     return mom if bs<=1 else 1-(1-mom)/math.sqrt(bs-1)
 
 # %% ../nbs/01_moments.ipynb #d244d3dc
+def _at_most_1(a): return a.clamp(max=1) if torch.is_tensor(a) else min(1., a)
+
 def trust(
     M:int|Tensor, # Values per channel in a batch
 )->float|Tensor: # In [0,1]
     "How far to trust what is averaged over so few values: in full from 32 on"
-    return (M/32).clamp(max=1) if torch.is_tensor(M) else min(1, M/32)
+    return _at_most_1(M/32)
 
 @dataclass(frozen=True)
 class window:
@@ -47,15 +50,15 @@ class window:
             if not n>0: raise ValueError(f"window({n!r}): a number of samples over 0 was expected.")
     def __repr__(self): return f'window({self.samples:g})' if self.few is None else f'window({self.samples:g}, few={self.few:g})'
     def length(self, M:int|Tensor=None)->float|Tensor: return self.samples if self.few is None or M is None else self.few+(self.samples-self.few)*trust(M)
-    def __call__(self, bs:int, M:int=None)->float: return min(1., bs/self.length(M))
+    def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor: return _at_most_1(bs/self.length(M))
 
 # %% ../nbs/01_moments.ipynb #389223af
 def batch_weight(
     momentum, # Setting: `mom` of lesson 10's rule, in (0,1]; a function of `bs` and `M` that gives $a$; `None`: cumulative average
-    bs:int, # Samples in the batch
-    M:int, # Values per channel in the batch
+    bs:int|Tensor, # Samples in the batch
+    M:int|Tensor, # Values per channel in the batch
     t:Tensor, # Number of the batch for each channel, from 1, `(C,)`
-)->float|Tensor: # Weight $a$ of the batch, in (0,1]; `(C,)` for `None`
+)->float|Tensor: # Weight $a$ of the batch, in (0,1]; `(C,)` for `None`, a tensor for tensors
     "Weight of a batch by the `momentum` setting of a layer"
     if momentum is None: return 1/t
     return momentum(bs, M) if callable(momentum) else lesson10_momentum(bs, M, momentum)
