@@ -14,7 +14,7 @@ from nbdev.serve import proc_nbs
 from fastcore.nbio import read_nb,write_nb
 
 root = Path(__file__).resolve().parent.parent
-repo_only = 'speed.json','quality.jsonl','quality_ranks.jsonl' # what notebooks read, and no page links to
+repo_only = 'speed.json','speed_cuda.json','quality.jsonl','quality_ranks.jsonl' # what notebooks read, and no page links to
 
 def rename(
     path:Path, # A notebook, as nbdev wrote it for quarto
