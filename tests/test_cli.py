@@ -12,7 +12,8 @@ root = Path(cli.__file__).resolve().parents[1]
 program = [sys.executable, '-c', 'import sys; from fastai_runbn.cli import main; main(sys.argv[1:])']
 def start(*args, cwd, **kw):
     env = {k:v for k,v in os.environ.items() if k not in ('FORCE_COLOR','NO_COLOR')} | {'PYTHONPATH':str(root), 'TERM':'xterm'} | kw.pop('env', {})
-    return subprocess.Popen([*program,*args], cwd=cwd, env=env, start_new_session=True, **{'stdout':subprocess.PIPE, 'stderr':subprocess.PIPE, 'text':True, **kw})
+    def hear(): signal.signal(signal.SIGINT, signal.SIG_DFL)                      # a shell has what it starts in the background ignore Ctrl-C
+    return subprocess.Popen([*program,*args], cwd=cwd, env=env, start_new_session=True, preexec_fn=hear, **{'stdout':subprocess.PIPE, 'stderr':subprocess.PIPE, 'text':True, **kw})
 
 def run(capsys, *args):
     "Exit code, output and errors of `runbn args`, in this process"
@@ -30,7 +31,8 @@ def test_ctrl_c_is_130_and_one_line(tmp_path):
     assert p.stdout.readline().startswith("Lesson 10's convnet")
     time.sleep(1)
     os.killpg(p.pid, signal.SIGINT)
-    out,err = p.communicate(timeout=60)
+    try: out,err = p.communicate(timeout=60)
+    finally: p.kill()
     assert (p.returncode,err)==(130,'runbn demo: interrupted\n') and 'Traceback' not in out and not [*tmp_path.iterdir()]
 
 def members(group):
@@ -48,7 +50,9 @@ def test_ctrl_c_stops_the_processes_of_a_study(tmp_path):
     while len(members(p.pid))<4 and time.time()<end: time.sleep(.5)               # it, two workers, and multiprocessing's tracker
     time.sleep(4)
     os.killpg(p.pid, signal.SIGINT)
-    out,err = p.communicate(timeout=40)                                           # the trials take longer
+    try: out,err = p.communicate(timeout=40)                                      # the trials take longer
+    finally:
+        if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
     assert p.returncode==130 and err.splitlines()[-1]=='runbn bench: interrupted', err
     end = time.time()+10
     while members(p.pid) and time.time()<end: time.sleep(.2)                      # multiprocessing's tracker goes when it sees that the others have
