@@ -310,7 +310,8 @@ def _run_compiled(f, x, *args):
         if isinstance(e, torch.cuda.OutOfMemoryError) or known and not isinstance(e, torch._dynamo.exc.TorchDynamoException): raise
         _cannot_compile.append(e)
         why = getattr(e, 'inner_exception', e) # a BackendCompilerFailed says no more than that it failed
-        warnings.warn(f"backend='compiled': torch.compile does not work here ({type(why).__name__}: {(str(why).strip().splitlines() or [''])[0][:200]}); going on with backend='auto'.")
+        said = str(why).strip().partition('\n')[0][:200]
+        warnings.warn(f"backend='compiled': torch.compile does not work here ({type(why).__name__}: {said}); going on with backend='auto'.")
 
 class compiled:
     "Forward and backward compiled by Inductor"

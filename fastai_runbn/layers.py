@@ -239,9 +239,9 @@ def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
         if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
         if self._recent and torch._C._current_graph_task_id() != -1: return _recall(x, self._recent),True,choose_path(x, self.window_mean),None
     bs,M,state = x.shape[0],x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
-    sizes = (bs,M) if callable(self.momentum) and type(self.momentum) is not window else _as_tensors(state.mean, bs, M)
-    a = None if self.momentum is None else batch_weight(self.momentum, *sizes, None)
-    a_e = None if self.eval_window is None else _at_most_1(_as_tensors(state.mean, bs)[0]/self.eval_window)
+    sizes,of_users = _as_tensors(state.mean, bs, M),callable(self.momentum) and type(self.momentum) is not window
+    a = None if self.momentum is None else batch_weight(self.momentum, *((bs,M) if of_users else sizes), None)
+    a_e = None if self.eval_window is None else _at_most_1(sizes[0]/self.eval_window)
     clamped,held,m,v,y,got = self._clamped(path),torch.is_tensor(self.credit) or self.credit>0,None,None,None,None
     if path is compiled:
         numbers = [_number(o, state.mean) for o in (a,a_e,self.eps)]

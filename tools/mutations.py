@@ -32,7 +32,7 @@ mutations = [
     ('the window left as it was by a load', 'layers', "elif not stored and prefix+'running_mean' in state_dict: self.seed_window()", '', quick),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
     ('the count of samples read on the host', 'layers', 'path is not on_cpu or ', '', quick),
-    ('evaluation follows the training window', 'layers', 'a_e = None if self.eval_window is None else _at_most_1(_as_tensors(state.mean, bs)[0]/self.eval_window)', 'a_e = None', quick),
+    ('evaluation follows the training window', 'layers', 'a_e = None if self.eval_window is None else _at_most_1(sizes[0]/self.eval_window)', 'a_e = None', quick),
     ('a second backward owes what the first left', 'functional', 'if first is not None: return own+first[0]-first[1],first', '', quick),
     ('the scale of G on CUDA', 'functional', 'G2/rstd', 'G2*rstd', quick),
     ('a compiled backward computes the statistics again', 'functional', '.keep(torch.stack(ts)).unbind() if', '.keep(torch.stack(ts)).unbind() if False and', compiled),
