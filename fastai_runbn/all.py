@@ -1,8 +1,8 @@
-"Everything a user needs: `from fastai_runbn.all import *`"
-from fastai_runbn.moments import lesson10_momentum,window
-from fastai_runbn.layers import *
-from fastai_runbn.surgery import *
-from fastai_runbn.schedule import *
+"What a user types: `from fastai_runbn.all import *`"
+from fastai_runbn.moments import SampleWindow,lesson10_weight
+from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,follow_scaler,set_batch_size
+from fastai_runbn.surgery import from_lesson10,register_norm,surgery_report,to_bn,to_runbn
+from fastai_runbn.schedule import RunBNSchedule,WarmupClamp
 from fastai_runbn.distributed import sync_window
-from fastai_runbn.callback import *
-from fastai_runbn.interpret import *
+from fastai_runbn.callback import FilterMeans,RunBNCallback
+from fastai_runbn.interpret import RunBNInterpretation,RunBNRecorder

@@ -16,7 +16,7 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import average_share,batch_weight,head_start,merge_moments,trust,window,window_share
+from .moments import AutoMomentum,SampleWindow,average_share,head_start,lesson10_weight,merge_moments,trust,window_share,window_weight
 from .functional import State,_above,_number,choose_path,count_batch
 from .layers import RunningBatchNormMixin
 
@@ -38,6 +38,12 @@ class _Flat(NamedTuple):
     skipped:Tensor
 
 # %% ../nbs/07_distributed.ipynb #38c59f00
+class _Rule(NamedTuple):
+    "Settings of a layer that say what a batch weighs"
+    window:object
+    eval_window:int|None
+    momentum:float|None
+
 class _Pack:
     "The state of some layers as flat tensors, and back"
     def __init__(self, layers):
@@ -66,6 +72,7 @@ class _Pack:
             bufs += [l._buffers[name].view(()) for l in self.layers]
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
+        torch._foreach_copy_([b for l in self.layers for b in (l.known_mean,l.known_var)], [b for l in self.layers for b in (l.running_mean,l.running_var)])
 
 # %% ../nbs/07_distributed.ipynb #c777b552
 @patch
@@ -113,28 +120,44 @@ def add_gradients(self:_Pack, sums, notes, like):
 
 # %% ../nbs/07_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
-    "Weight of batches of `bs` samples by the `momentum` setting `rule`; only for a function of the user's are they looked at"
-    if rule is None: return torch.zeros_like(bs) # it depends on the channel
-    if callable(rule) and type(rule) is not window: return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in zip(bs.tolist(), M.tolist())])
-    return batch_weight(rule, bs, M, None)
+    "Weight of batches of `bs` samples by the `window` setting `rule`; only for a function of the user's are they looked at"
+    if callable(rule) and type(rule) is not SampleWindow and rule is not lesson10_weight:
+        return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in zip(bs.tolist(), M.tolist())])
+    return window_weight(rule, bs, M)
 
 @patch
 def rules(self:_Pack):
-    "The layers' momentum and length of the average, as they are now"
-    kept = {id(r):r.detach().clone() for l in self.layers if torch.is_tensor(r := l.momentum)} # a schedule's, which goes on
-    return [(kept.get(id(l.momentum), l.momentum),l.eval_window) for l in self.layers]
+    "The layers' window, length of the average and momentum, as they are now"
+    kept = {id(r):r.detach().clone() for l in self.layers if torch.is_tensor(r := l.window)} # a schedule's, which goes on
+    return [_Rule(kept.get(id(l.window), l.window), l.eval_window, l.momentum) for l in self.layers]
 
 @patch
-def weights(self:_Pack, rules, bs, M, steps):
+def weights(self:_Pack, rules, bs, M):
     "Weights of a pooled batch in window and average, `(C,)` each, and where the average is the window itself"
-    moms,evals = zip(*rules)
-    if all(r is moms[0] or not torch.is_tensor(r) and not torch.is_tensor(moms[0]) and r==moms[0] for r in moms): a = _pooled_weight(moms[0], bs, M)
-    else: a = torch.cat([_pooled_weight(r, b, m) for r,b,m in zip(moms, bs.split(1), M.split(1))])
-    length = torch.stack([_number(math.inf if e is None else e, bs) for e in evals])
+    windows = [r.window for r in rules]
+    first = windows[0]
+    if all(w is first or not torch.is_tensor(w) and not torch.is_tensor(first) and w==first for w in windows): a = _pooled_weight(first, bs, M)
+    else: a = torch.cat([_pooled_weight(w, b, m) for w,b,m in zip(windows, bs.split(1), M.split(1))])
+    length = torch.stack([_number(math.inf if r.eval_window is None else r.eval_window, bs) for r in rules])
     a,a_e = self.expand(torch.stack((a, (bs/length).clamp(max=1))))
-    def some(what): return None if not any(what) else self.expand(torch.stack([_number(o, bs) for o in what]))>0
-    none,alike = some([r is None for r in moms]),some([e is None for e in evals])
-    return a if none is None else torch.where(none, 1/(steps+1-head_start), a),a_e,alike
+    alike = [r.eval_window is None for r in rules]
+    return a,a_e,self.flags(alike, bs) if any(alike) else None
+
+@patch
+def flags(self:_Pack, values, like):
+    "Booleans of each layer as one of each channel"
+    return self.expand(torch.stack([_number(o, like) for o in values]))>0
+
+@patch
+def fixed_shares(self:_Pack, rules, share, old):
+    "`share` of the average, but that of BatchNorm's `momentum` where it was set; and where it was"
+    set_ = [not isinstance(r.momentum, AutoMomentum) for r in rules]
+    if not any(set_): return share,None
+    momentum = self.expand(torch.stack([_number(r.momentum or 0., share) for r in rules]))
+    cumulative = 1/torch.minimum(old.steps+(1-head_start), self.expand(old.batches.to(share.dtype))+1)
+    momentum = torch.where(self.flags([r.momentum is None for r in rules], share), cumulative, momentum)
+    where = self.flags(set_, share)
+    return torch.where(where, momentum, share),where
 
 # %% ../nbs/07_distributed.ipynb #b9964da1
 @patch
@@ -144,17 +167,28 @@ def merge(self:_Pack, old, sums, head, rules):
     M,bs,calls = head
     d = s1/n.clamp(min=1)
     m,v = old.mean+d,(s2/n.clamp(min=1)-d*d).clamp(min=0)
-    a,a_e,alike = self.weights(rules, bs, M, old.steps)
+    a,a_e,alike = self.weights(rules, bs, M)
     count,rho = window_share(old.count, n, a)
     mean,var = merge_moments(old.mean, old.var, m, v, rho)
     steps = old.steps+1
-    avg = merge_moments(old.avg_mean, old.avg_var, m, v, average_share(steps-head_start, a_e, rho))
-    if alike is not None: avg = torch.where(alike, torch.stack((mean,var)), torch.stack(avg))
+    share,fixed = self.fixed_shares(rules, average_share(steps-head_start, a_e, rho), old)
+    avg = merge_moments(old.avg_mean, old.avg_var, m, v, share)
+    if alike is not None: avg = torch.where(alike if fixed is None else alike&~fixed, torch.stack((mean,var)), torch.stack(avg))
     ok = (n>0) & (var<math.inf)
     new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))
     left_out = self.expand(M)>n*ok
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
     return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
+
+@patch
+def unless_changed(self:_Pack, new):
+    "`new`, but for layers whose statistics others have changed since they were written: what follows from those"
+    changed = torch.stack([(l.running_mean!=l.known_mean).any() | (l.running_var!=l.known_var).any() for l in self.layers])
+    if changed.is_cpu and not changed.any(): return new
+    for l,c in zip(self.layers, changed.unbind()): l.seed_window(c)
+    now,where = self.read(),self.expand(changed.to(new.mean.dtype))>0
+    per_channel,per_layer = [torch.where(where, a, b) for a,b in zip(now[:7], new[:7])],[torch.where(changed, a, b) for a,b in zip(now[7:], new[7:])]
+    return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/07_distributed.ipynb #7bceddcb
 class WindowSync(Joinable):
@@ -185,7 +219,7 @@ class WindowSync(Joinable):
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
-    def plain(o): return o if o is None or isinstance(o, (int,float,str,tuple,bool)) or type(o) is window else type(o).__name__
+    def plain(o): return o if o is None or isinstance(o, (int,float,str,tuple,bool)) or type(o) is SampleWindow else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}
     wrong = f"the running norms are on {len(devices)} devices ({', '.join(sorted(devices))}), and on one they have to be" if len(devices)>1 else ''
@@ -275,34 +309,34 @@ class LayerSync(WindowSync):
         super().__init__(model, group)
         self.packs = {l:_Pack([l]) for l in self.pack.layers}
     def settle(self, drop=False): pass
-    def scale_grad(self, scale): pass
     def join_hook(self, **kwargs): raise RuntimeError("sync='layer' cannot join uneven inputs: a rank that has run out would have to follow every layer of the others. Use sync='step', or drop the last batches.")
 
-    def count(self, layer, m, v, bs, M, a, clamped, held, look):
+    def count(self, layer, m, v, bs, M, a, clamped, clipped, look):
         "Statistics to normalise with, after the batches of all ranks are merged into the window"
         self.check_join()
+        layer.refresh_window()
         pack = self.packs[layer]
         old = pack.read()
         flat,sums,head = pack.wire(m.device, 3)
         pack.add_moments(sums, head, [(0, m, v, M, bs)], old.mean)
         dist.all_reduce(flat, group=self.group)
         new,m,v,rho = pack.merge(old, sums, head, pack.rules())
-        pack.write(new)
+        if not layer.is_held(): pack.write(new)
         seen = new.seen if layer.clamp_inclusive else old.seen
         floor = layer.clamp_floor.index_select(0, seen.clamp(max=len(layer.clamp))) if clamped else None
-        return _above(*[t.to(layer.window_mean.dtype) for t in (m,v,new.mean,new.var,rho)], floor, layer.eps, held)
+        return _above(*[t.to(layer.window_mean.dtype) for t in (m,v,new.mean,new.var,rho)], floor, layer.eps, clipped)
 
-    def gradient(self, layer, x): return layer.credit,layer.window_grad,partial(self.pool, layer)
+    def gradient(self, layer, x): return layer.running_grad,layer.window_grad,partial(self.pool, layer)
 
-    def pool(self, layer, dbias, dweight, M, credit, free, clamped, again):
+    def pool(self, layer, dbias, dweight, M, share, factor, clamped, unpaid, scale):
         "The sums of all ranks, and what they count"
         pack,like = self.packs[layer],dbias.double()
         flat,sums,_ = pack.wire(dbias.device, 3)
         pack.add_gradients(sums, [(0, torch.stack((dbias,dweight)), M)], like)
         dist.all_reduce(flat, group=self.group)
         n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
-        if torch.is_tensor(credit) or credit: credit = (credit*trust(n)).to(dbias.dtype)
-        return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],credit
+        if torch.is_tensor(share) or share: share = (share*trust(n)).to(dbias.dtype)
+        return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],share
 
 # %% ../nbs/07_distributed.ipynb #2aeed99e
 class _AfterForward:
@@ -328,7 +362,7 @@ class StepSync(WindowSync):
     mode = 'step'
     def __init__(self, model, group=None):
         super().__init__(model, group)
-        self.work = self.pending = self.base = self.local = self.sums = self.last_share = None
+        self.work = self.pending = self.base = self.local = self.sums = self.last_share = self.last_count = None
         self.forwards,self.backwards,self.queued,self.awaits,self.skip = [],[],False,False,False
 
     def join_hook(self, **kwargs): return _Shadow(self)
@@ -340,7 +374,7 @@ class StepSync(WindowSync):
         return self
 
     @property
-    def held(self):
+    def waits(self):
         "Is this batch one of several of a step, and not the last?"
         return (self.hold or self.skip) and not self._join_config.enable
 
@@ -350,6 +384,7 @@ def opened(self:StepSync):
     "The local continuation of each layer, begun from the shared window if there is none yet"
     if self.local is None:
         with torch.inference_mode(False),torch.no_grad():
+            for l in self.pack.layers: l.refresh_window()
             self.base = f = self.pack.read()
             f = f._replace(count=f.count/self.world, steps=head_start+(f.steps-head_start)*self.world) # as many values and batches as a rank's own
             dtypes = {l.window_mean.dtype for l in self.pack.layers}
@@ -362,29 +397,33 @@ def opened(self:StepSync):
     return self.local
 
 @patch
-def count(self:StepSync, layer, m, v, bs, M, a, clamped, held, look):
+def count(self:StepSync, layer, m, v, bs, M, a, clamped, clipped, look):
     "Statistics to normalise with: the shared window, and this rank's batches of the step"
     ddp = DistributedDataParallel._active_ddp_module
     self.skip = ddp is not None and not ddp.require_backward_grad_sync
     self.check_join()
     self.queued = self.queued and torch._C._current_graph_task_id()!=-1
     s = self.opened()[layer].state
-    self.forwards.append((self.number[layer], m, v, M, bs))
-    return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, held, look)
+    update = not layer.is_held()
+    if update: self.forwards.append((self.number[layer], m, v, M, bs))
+    return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, clipped, look, update=update)
 
 # %% ../nbs/07_distributed.ipynb #5450a755
 @patch
 def gradient(self:StepSync, layer, x):
     "Credit, running gradient and what takes note of this batch's in the backward"
     self.awaits = self.awaits or torch.is_grad_enabled() and (x.requires_grad or layer.affine and layer.weight.requires_grad)
-    return layer.credit*trust(self.world*x.numel()//x.shape[1]),self.opened()[layer].grad,partial(self.note, self.number[layer])
+    return layer.running_grad*trust(self.world*x.numel()//x.shape[1]),self.opened()[layer].grad,partial(self.note, self.number[layer])
 
 @patch
-def note(self:StepSync, i, dbias, dweight, M, credit, free, clamped, again):
-    "Take note of a layer's sums, once for each forward"
+def note(self:StepSync, i, dbias, dweight, M, share, factor, clamped, unpaid, scale):
+    "Take note of a layer's sums in each backward, and of what they are sums of in the first"
     self.queue()
-    if not again and (torch.is_tensor(credit) or credit): self.backwards.append((i, torch.stack((dbias, dweight*(free>0) if clamped else dweight)), M))
-    return dbias,dweight,M,credit
+    layer = self.pack.layers[i]
+    if (torch.is_tensor(share) or share) and not layer.is_held():
+        sums = torch.stack((dbias, dweight*(factor>0) if clamped else dweight))
+        self.backwards.append((i, sums if scale is None else sums/scale, M*unpaid))
+    return dbias,dweight,M,share
 
 @patch
 def queue(self:StepSync, *_):
@@ -399,14 +438,14 @@ def after_forward(self:StepSync, output):
     self.fold()
     due = [t for t in tree_leaves(output) if torch.is_tensor(t) and t.requires_grad] if torch.is_grad_enabled() else []
     for t in due: t.register_hook(self.queue)
-    if not due and not self.awaits and not self.held: self.send()
+    if not due and not self.awaits and not self.waits: self.send()
     self.awaits = False
 
 @patch
 def after_backward(self:StepSync):
     self.queued = False
     self.fold()
-    if not self.held: self.send()
+    if not self.waits: self.send()
 
 # %% ../nbs/07_distributed.ipynb #036c3c7d
 @patch
@@ -442,22 +481,18 @@ def settle(self:StepSync, drop=False):
         with torch.inference_mode(False):
             work.wait()
             new,_,_,share = self.pack.merge(base, sums[:3], head, rules)
-            self.pack.write(new._replace(grad=self.merged_grad(base, sums, share)))
+            new = new._replace(grad=self.merged_grad(base, sums, share))
+            self.pack.write(self.pack.unless_changed(new))
     if drop: self.base,self.local,self.sums,self.forwards,self.backwards = None,None,None,[],[]
 
 @patch
 def merged_grad(self:StepSync, base, sums, share):
-    "The running gradient with the step's, which has the share that the batch has in the window"
-    self.last_share = share if self.last_share is None else torch.where(sums[0]>0, share, self.last_share)
+    "The running gradient with the step's, which has the share that the batch has in the window; a later backward of the same forwards adds to it"
     n = sums[3]
-    return torch.where(n>0, torch.lerp(base.grad, sums[4:]/n.clamp(min=1), self.last_share), base.grad)
-
-@patch
-def scale_grad(self:StepSync, scale):
-    "Multiply the running gradients of the step that is going on, as those of the layers are"
-    if self.local is None: return
-    self.base.grad.mul_(scale)
-    for l in self.local.values(): l.grad.mul_(scale)
+    self.last_share = share if self.last_share is None else torch.where(sums[0]>0, share, self.last_share)
+    self.last_count = n if self.last_count is None else torch.where(n>0, n, self.last_count)
+    left = torch.where(n>0, (1-self.last_share)*base.grad, base.grad)
+    return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)
 
 # %% ../nbs/07_distributed.ipynb #3e71173c
 def unwrapped(model):

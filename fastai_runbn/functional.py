@@ -7,13 +7,15 @@ __all__ = ['merge_batch', 'State', 'count_batch', 'choose_path', 'window_statist
 
 # %% ../nbs/02_functional.ipynb #7edb78b0
 import math,warnings
-from functools import lru_cache
+from functools import lru_cache,partial,wraps
 from types import FunctionType
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from .moments import batch_moments,window_share,average_share,merge_moments,head_start
+from torch.amp import GradScaler
+from torch.autograd import Function,Variable
+from torch.utils._pytree import tree_leaves
+from .moments import AutoMomentum,auto_momentum,average_share,batch_moments,head_start,merge_moments,window_share
 
 # %% ../nbs/02_functional.ipynb #9677fef3
 @lru_cache(maxsize=256)
@@ -22,20 +24,36 @@ def _ones(n, dtype, device):
 
 def _one(t): return torch.ones_like(t) if torch.compiler.is_compiling() or type(t) is not Tensor else _ones(len(t), t.dtype, t.device)
 
-def _credited(dbias, dweight, M, rho, free, clamped, running, credit, first=None, look=False):
-    "$G$ `(2,C)` from the sums of $dy$ and of $dy\\cdot\\hat x$, whose means $g$ are merged into the running gradient, where they are finite; and what a second backward needs"
-    g = torch.stack((dbias, dweight*(free>0) if clamped else dweight))/M
+def _local_grad(dbias, dweight, M, factor, clamped):
+    "$g$ `(2,C)` from the sums of $dy$ and of $dy\\cdot\\hat x$ over `M` values"
+    return torch.stack((dbias, dweight*(factor>0) if clamped else dweight))/M
+
+def running_grad_(
+    g:Tensor, # $g_1$ and $g_2$ of this backward `(2,C)`
+    running:Tensor, # The running gradient $\\bar g$ `(2,C)`, of a loss that is not scaled; updated in place
+    rho:Tensor, # Share of the batch in the window, `(C,)`
+    factor:Tensor, # 0 where the variance is at its floor, else what the batch is clipped by, `(C,)`
+    share:float|Tensor, # Share of what is owed that is paid, in [0,1]
+    unpaid:bool|Tensor=True, # Has this forward had no backward before?
+    update:bool=True, # Update the running gradient?
+    scale:Tensor=None, # Loss scale
+    look:bool=False, # May values be looked at, to do less where all are finite?
+)->Tensor: # $G$ `(2,C)`
+    r"Pay $(1-\rho)\bar g$ in the first backward of a forward, add $\rho g$ in each, to $G$ and to the running gradient where it is finite"
     own = rho*g
-    if running is None or not torch.is_tensor(credit) and credit==0: return own,None
-    if first is not None: return own+first[0]-first[1],first # a second backward owes what the first did
-    if look and math.isfinite(g.sum().item()): new = running.lerp_(g, rho)
+    if unpaid is False: left = running
+    else: left = torch.addcmul(running, rho if unpaid is True else rho*unpaid, running, value=-1)
+    if unpaid is False: G = own
     else:
-        new = torch.lerp(running, g, rho)
+        paid = torch.stack((_one(factor), factor))*share if torch.is_tensor(share) or share!=1 else torch.stack((_one(factor), factor))
+        if scale is not None: paid = paid*scale
+        G = torch.addcmul(own, left, paid if unpaid is True else paid*unpaid)
+    if update:
+        new = left+(own if scale is None else own/scale)
+        if not (look and math.isfinite(g.sum().item())): new = torch.where(g.abs()<math.inf, new, running)
         if torch.compiler.is_compiling(): new = torch.ops.fastai_runbn.realize(new)
-        running.copy_(torch.where(g.abs()<math.inf, new, running))
-    held = torch.stack((_one(free), free))
-    G = torch.lerp(own, new, held if not torch.is_tensor(credit) and credit==1 else held*credit)
-    return G,(G,own)
+        running.copy_(new)
+    return G
 
 # %% ../nbs/02_functional.ipynb #953a6979
 def _as_stats(like, *ts):
@@ -50,13 +68,14 @@ def _columns(a, a_e, M, dtype, device):
     def column(*rows): return torch.stack([torch.full((1,), r, dtype=dtype, device=device) for r in rows])
     with torch.inference_mode(False): return column(1-a,1), column(a*M,1), column(a*M,head_start+1), column(0,a_e)
 
-def _shares(count, M, a, a_e):
+def _shares(count, M, a, a_e, fixed=None):
     "New counts and shares of a batch, a row each for the window and the average"
-    if torch.compiler.is_compiling() or torch.is_tensor(a) or a_e is None or type(count) is not Tensor:
+    if torch.compiler.is_compiling() or torch.is_tensor(a) or a_e is None or fixed is not None or type(count) is not Tensor:
         n,rho = window_share(count[0], M, a)
-        if a_e is None: return n[None],rho[None]
+        if a_e is None and fixed is None: return n[None],rho[None]
         t = count[1]+1
-        return torch.stack((n, t)),torch.stack((rho, average_share(t-head_start, a_e, rho)))
+        share = average_share(t-head_start, a_e, rho) if fixed is None else torch.zeros_like(rho)+fixed
+        return torch.stack((n, t)),torch.stack((rho, share))
     keep,add,top,least = _columns(a, a_e, M, count.dtype, count.device)
     count = torch.addcmul(add, torch.threshold(count, -.5, M), keep)
     share = torch.maximum(top/count, least)
@@ -67,43 +86,44 @@ def merge_batch(
     v:Tensor, # Its biased variance `(C,)`
     M:int, # Values per channel in it
     a:float|Tensor, # Weight in the window
-    a_e:float|None, # Weight in the average for evaluation, once that is full; `None`: there is none
+    a_e:float|None, # Weight in the average for evaluation, once that is full; `None`, and no `fixed`: there is none
     means:tuple, # Means of the window and the average, `(C,)`, updated in place, as the next two
     vars:tuple, # Their biased variances
     counts:tuple, # The window's count $n$, and $t+k$ of the average (of `average_share`)
     look:bool=False, # May values be looked at, to do less where all are finite? On a GPU it would have to wait
+    fixed:float|Tensor=None, # Weight in the average from the first batch on, a number or `(C,)`
+    update:bool=True, # Update the state? If not, this is what it would be
 )->tuple: # The window's new mean and variance, the batch's share $\rho$ in it, and where it was merged, `(C,)` each; `None`: everywhere
     r"Merge a batch into a window and an average, both at once; a channel that is not finite, or would become so, stays out, with $\rho=0$"
     m,v = _as_stats(means[0], m, v)
     old = torch.stack((*means,*vars,*counts)).view(3, len(means), -1)
     mean,var,count = old.unbind()
-    count,share = _shares(count, M, a, a_e)
+    count,share = _shares(count, M, a, a_e, fixed)
     mean,var = merge_moments(mean, var, m, v, share)
     if look and math.isfinite(var.sum().item()):
-        new = *mean.unbind(),*var.unbind(),*count.unbind()
-        torch._foreach_copy_((*means,*vars,*counts), new)
+        if update: torch._foreach_copy_((*means,*vars,*counts), (*mean.unbind(),*var.unbind(),*count.unbind()))
         return mean[0],var[0],share[0],None
     ok = var<math.inf
     new = torch.where(ok, torch.stack((mean,var,count)), old).view(3*len(means), -1).unbind()
-    torch._foreach_copy_((*means,*vars,*counts), new)
+    if update: torch._foreach_copy_((*means,*vars,*counts), new)
     ok = ok[0]
     return new[0],new[len(means)],share[0]*ok,ok
 
 # %% ../nbs/02_functional.ipynb #1c61ef2d
-_far = 4 # Mean square of the normalised values of a batch, from which on it is held to less
+_far = 4 # Mean square of the normalised values of a batch, from which on it is clipped
 
-def _held(m, v, mean, var, eps):
-    "How far a batch is held to what earlier ones owe: $\\min(1, 4/\\overline{\\hat x^2})$"
+def _clip_factor(m, v, mean, var, eps):
+    "What a batch pays of what earlier ones owe in the scale: $\\min(1, 4/\\overline{\\hat x^2})$"
     d = m-mean
     return ((var+eps)/torch.addcmul(v, d, d)).mul_(_far).clamp_(max=1.)
 
-def _above(m, v, mean, var, rho, floor, eps, held):
-    "Statistics to normalise with, the variance not below `floor`: mean, variance, share, and 0 where at the floor, else `_held` or 1"
+def _above(m, v, mean, var, rho, floor, eps, clipped):
+    "Statistics to normalise with, the variance not below `floor`: mean, variance, share, and 0 where at the floor, else `_clip_factor` or 1"
     above = None if floor is None else (var>=floor).to(var.dtype)
     if floor is not None: var = torch.maximum(var, floor)
-    if not held: return mean,var,rho,_one(var) if above is None else above
-    free = _held(*_as_stats(mean, m, v), mean, var, eps)
-    return mean,var,rho,free if above is None else free*above
+    if not clipped: return mean,var,rho,_one(var) if above is None else above
+    factor = _clip_factor(*_as_stats(mean, m, v), mean, var, eps)
+    return mean,var,rho,factor if above is None else factor*above
 
 # %% ../nbs/02_functional.ipynb #f6226f51
 class State(NamedTuple):
@@ -117,6 +137,8 @@ class State(NamedTuple):
     batches:Tensor  # Batches, scalar
     seen:Tensor     # Samples, `(1,)`
     skipped:Tensor  # Batches that were left out of a channel, scalar
+    known_mean:Tensor # `avg_mean` as last written `(C,)`
+    known_var:Tensor # `avg_var` as last written `(C,)`
     floors:Tensor   # Least variance by samples seen, the last one for ever, `(n+1,)`
 
 def count_batch(
@@ -124,26 +146,31 @@ def count_batch(
     v:Tensor, # Its biased variance `(C,)`
     bs:int, # Samples in it
     M:int, # Values per channel in it
-    a:float|Tensor|None, # Its weight in the window; `None`: 1/number of the batch
+    a:float|Tensor, # Its weight in the window
     a_e:float|None, # Its weight in the average for evaluation, once that is full; `None`: evaluate with the window
     state:State, # Updated in place
     eps:float=1e-5, # Added to the variance
     inclusive:bool=False, # Look the floor up with this batch's samples counted in?
     clamped:bool=True, # Look the floor up?
-    held:bool=True, # Is the batch going to be held to a running gradient?
+    clipped:bool=True, # Is the batch to be clipped, as with a running gradient?
     look:bool=False, # May values be looked at?
-)->tuple: # What to normalise with: mean, variance, share, and 0 where at the floor, else how far the batch is held, `(C,)` each
+    momentum:float|None=auto_momentum, # BatchNorm's own: its weight in the average whatever `a_e` is; `None`: cumulative
+    update:bool=True, # Update the state? If not, this is what it would be
+)->tuple: # What to normalise with: mean, variance, share, and 0 where at the floor, else what the batch is clipped by, `(C,)` each
     "Merge a batch into all of a layer's state"
-    s = state
-    if a is None: a = 1/(s.steps+(1-head_start))
-    if a_e is None:
-        mean,var,rho,ok = merge_batch(m, v, M, a, None, (s.mean,), (s.var,), (s.count,), look)
-        s.steps.add_(1 if ok is None else ok); s.avg_mean.copy_(mean); s.avg_var.copy_(var)
-    else: mean,var,rho,ok = merge_batch(m, v, M, a, a_e, (s.mean,s.avg_mean), (s.var,s.avg_var), (s.count,s.steps), look)
-    if ok is not None: s.skipped.add_(ok.all().logical_not_())
+    s,fixed = state,None
+    if momentum is None: fixed = 1/torch.minimum(s.steps+(1-head_start), s.batches+1)
+    elif type(momentum) is not AutoMomentum: fixed = momentum
+    if a_e is None and fixed is None:
+        mean,var,rho,ok = merge_batch(m, v, M, a, None, (s.mean,), (s.var,), (s.count,), look, update=update)
+        if update: s.steps.add_(1 if ok is None else ok); s.avg_mean.copy_(mean); s.avg_var.copy_(var)
+    else: mean,var,rho,ok = merge_batch(m, v, M, a, a_e, (s.mean,s.avg_mean), (s.var,s.avg_var), (s.count,s.steps), look, fixed, update)
+    if update and ok is not None: s.skipped.add_(ok.all().logical_not_())
     floor = s.floors.index_select(0, (s.seen+bs if inclusive else s.seen).clamp(max=len(s.floors)-1)) if clamped else None
-    torch._foreach_add_((s.batches,s.seen), (1,bs))
-    return _above(m, v, mean, var, rho, floor, eps, held)
+    if update:
+        torch._foreach_add_((s.batches,s.seen), (1,bs))
+        torch._foreach_copy_((s.known_mean,s.known_var), (s.avg_mean,s.avg_var))
+    return _above(m, v, mean, var, rho, floor, eps, clipped)
 
 # %% ../nbs/02_functional.ipynb #60814e80
 def _per_channel(t, x): return t.view(1, -1, *[1]*(x.ndim-2))
@@ -167,11 +194,11 @@ class plain:
         return y if y.dtype==x.dtype else y.to(x.dtype) # not a `to` that does nothing: with it, torch.compile of torch 2.11 lost all gradients
 
     @staticmethod
-    def grads(dy, x, mean, var, eps, weight, credited, need_dx):
+    def grads(dy, x, mean, var, eps, weight, reaction, need_dx):
         rstd,dy = (var+eps).rsqrt(),dy.to(mean.dtype)
         xhat = (x-_per_channel(mean,x)) * _per_channel(rstd,x)
         dbias,dweight = _sum(dy),_sum(dy*xhat)
-        G1,G2 = credited(dbias, dweight)
+        G1,G2 = reaction(dbias, dweight)
         if not need_dx: return None,dweight,dbias
         scale = rstd if weight is None else rstd*weight
         return ((dy - _per_channel(G1,x) - xhat*_per_channel(G2,x)) * _per_channel(scale,x)).to(x.dtype),dweight,dbias
@@ -216,14 +243,14 @@ class on_cpu:
         return _bn(x, weight, bias, mean, var, False, 0., eps, out=(y,_empty[mean.dtype],_empty[mean.dtype]))[0]
 
     @staticmethod
-    def grads(dy, x, mean, var, eps, weight, credited, need_dx):
+    def grads(dy, x, mean, var, eps, weight, reaction, need_dx):
         if x.dtype in _half: # in small batches most of a gradient cancels, of which half precision would leave rounding errors
-            dx,dweight,dbias = on_cpu.grads(dy.float(), x.float(), mean, var, eps, weight, credited, need_dx)
+            dx,dweight,dbias = on_cpu.grads(dy.float(), x.float(), mean, var, eps, weight, reaction, need_dx)
             return dx.to(x.dtype) if need_dx else None,dweight,dbias
         if not dy.is_contiguous(memory_format=(layout:=_layout(x))): dy = dy.contiguous(memory_format=layout)
         if x.numel()<_small:
             dx,dweight,dbias = _bn_grad(dy, x, weight, mean, var, None, None, False, eps, (need_dx,True,True))
-            G = credited(dbias, dweight)
+            G = reaction(dbias, dweight)
             if need_dx:
                 f = (var+eps).rsqrt_()
                 G1,G2 = (G*(f if weight is None else f.mul_(weight))).unbind()
@@ -235,7 +262,7 @@ class on_cpu:
             x = x.contiguous()
             _,dweight,dbias = _gn_grad(dy, x, mean.expand(N,C).contiguous(), rstd.expand(N,C).contiguous(), rstd, N, C, x.numel()//(N*C), C, (False,True,True))
         else: _,dweight,dbias = _bn_grad(dy, x, weight, mean, var, None, None, False, eps, (False,True,True))
-        G,dx = credited(dbias, dweight),None
+        G,dx = reaction(dbias, dweight),None
         if need_dx:
             f = rstd if weight is None else rstd*weight
             G1,G2 = (G*f.neg()).unbind()
@@ -253,11 +280,11 @@ class on_cuda:
     def affine(x, mean, var, eps, weight, bias, y=None): return torch.batch_norm_elemt(x, weight, bias, mean, (var+eps).rsqrt_(), eps)
 
     @staticmethod
-    def grads(dy, x, mean, var, eps, weight, credited, need_dx):
+    def grads(dy, x, mean, var, eps, weight, reaction, need_dx):
         if not dy.is_contiguous(memory_format=(layout:=_layout(x))): dy = dy.contiguous(memory_format=layout)
         rstd = (var+eps).rsqrt_()
         dbias,dxmu,_,_ = torch.batch_norm_backward_reduce(dy, x, mean, rstd, weight, True, False, False)
-        G1,G2 = credited(dbias, dweight:=dxmu*rstd)
+        G1,G2 = reaction(dbias, dweight:=dxmu*rstd)
         dx = torch.batch_norm_backward_elemt(dy, x, mean, rstd, weight, G1.contiguous(), G2/rstd, _ones(1, torch.int32, x.device)) if need_dx else None
         return dx,dweight,dbias
 
@@ -270,20 +297,18 @@ def _shifted_moments(x):
     m = _sum(d)/M
     return first+m,(_sum(d*d)/M - m*m).clamp(min=0.)
 
-def _forward(x, weight, bias, a, a_e, eps, state, inclusive, clamped, held):
+def _forward(x, weight, bias, a, a_e, eps, state, inclusive, clamped, clipped, momentum, update):
     "A whole forward, to be compiled: $y$, what it was normalised with, and the moments"
     m,v = _shifted_moments(x)
-    stats = count_batch(m, v, x.shape[0], x.numel()//x.shape[1], a, a_e, state, eps, inclusive, clamped, held)
+    stats = count_batch(m, v, x.shape[0], x.numel()//x.shape[1], a, a_e, state, eps, inclusive, clamped, clipped, momentum=momentum, update=update)
     return plain.affine(x, *stats[:2], eps, weight, bias),stats,(m,v)
 
-def _backward(dy, x, weight, mean, var, rho, free, clamped, running, credit, eps, first, need_dx):
-    "A whole backward, to be compiled: `dx`, `dweight`, `dbias`, and what a second backward needs"
-    kept = None
-    def credited(dbias, dweight):
-        nonlocal kept
-        G,kept = _credited(dbias, dweight, x.numel()//x.shape[1], rho, free, clamped, running, credit, first)
-        return G
-    return *plain.grads(dy, x, mean, var, eps, weight, credited, need_dx),kept
+def _backward(dy, x, weight, mean, var, rho, factor, clamped, running, share, eps, unpaid, update, scale, need_dx):
+    "A whole backward, to be compiled: `dx`, `dweight` and `dbias`"
+    def reaction(dbias, dweight):
+        g = _local_grad(dbias, dweight, x.numel()//x.shape[1], factor, clamped)
+        return rho*g if running is None else running_grad_(g, running, rho, factor, share, unpaid, update, scale)
+    return plain.grads(dy, x, mean, var, eps, weight, reaction, need_dx)
 
 _compiled,_cannot_compile = {},[]
 
@@ -330,13 +355,55 @@ def choose_path(
     return on_cpu if x.is_cpu else on_cuda if x.is_cuda else plain
 
 # %% ../nbs/02_functional.ipynb #8035932b
+class Debt:
+    "What one forward owes of the running gradient: its first backward pays it"
+    def __init__(self): self.unpaid = True
+    def pay(self):
+        "Was it unpaid until now?"
+        was,self.unpaid = self.unpaid,False
+        return was
+
+class Reaction(NamedTuple):
+    "How the gradient goes through the statistics"
+    running:Tensor=None # Running gradient $\\bar g$ `(2,C)`, updated in place by a backward
+    share:float|Tensor=0. # Share of it that is paid, in [0,1]; 0 is lesson 10
+    debt:Debt=None # Of this forward
+    update:bool=True # Update the running gradient?
+    scale:Tensor|bool=None # Loss scale, where it was said; False: that there is none
+    pool:FunctionType=None # Called in the backward with this process's sums, from which it makes those that count (of `distributed`)
+
+class LossScale:
+    "What a GradScaler has multiplied the loss with whose backward is going on: the running gradient is of the loss itself"
+    now,watching = None,False
+    @classmethod
+    def begin(cls, scale, grad):
+        "Hook of the scaled loss"
+        cls.now = scale
+        Variable._execution_engine.queue_callback(cls.end)
+    @classmethod
+    def end(cls): cls.now = None
+
+    @classmethod
+    def watch(cls):
+        "Have `GradScaler.scale` leave a hook in each loss that it scales, from the first running norm on"
+        if cls.watching: return
+        cls.watching,scale = True,GradScaler.scale
+        @wraps(scale)
+        def scale_and_tell(self, outputs):
+            res = scale(self, outputs)
+            if self.is_enabled():
+                for t in tree_leaves(res):
+                    if torch.is_tensor(t) and t.requires_grad: t.register_hook(partial(cls.begin, self._scale))
+            return res
+        GradScaler.scale = scale_and_tell
+
 class _Normalize(Function):
     "`(x-mean)/sqrt(var+eps)*weight + bias`, with the gradient of a running norm in its backward"
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, rho, free, window_grad, credit, eps, clamped, path, y, sync):
-        ctx.save_for_backward(x, weight, mean, var, rho, free)
-        ctx.window_grad,ctx.credit,ctx.eps,ctx.clamped,ctx.path,ctx.sync = window_grad,credit,eps,clamped,path,sync
-        ctx.bias_dtype,ctx.first = None if bias is None else bias.dtype,None
+    def forward(ctx, x, weight, bias, mean, var, rho, factor, flag, reaction, eps, clamped, path, y):
+        ctx.save_for_backward(x, weight, mean, var, rho, factor, flag)
+        ctx.reaction,ctx.eps,ctx.clamped,ctx.path = reaction,eps,clamped,path
+        ctx.bias_dtype = None if bias is None else bias.dtype
         if path is compiled: return y[0] # computed already
         return (path or plain).affine(x, mean, var, eps, *_as_stats(mean, weight, bias), *y)
 
@@ -347,29 +414,42 @@ class _Normalize(Function):
         else:
             with torch.no_grad(): grads = _running_grads(ctx, dy, *saved)
             if not torch.compiler.is_compiling(): grads = _Once.apply(saved[0], dy, saved[1], *grads)
-        return *grads,*[None]*11
+        return *grads,*[None]*10
 
+def _loss_scale(said, x, running):
+    "What the loss is scaled with: as its GradScaler told, or as was said; a warning, where neither is so in float16"
+    if torch.compiler.is_compiling(): return said if torch.is_tensor(said) else None
+    if running is None: return None
+    if LossScale.now is not None or torch.is_tensor(said):
+        scale = said if LossScale.now is None else LossScale.now
+        return scale if scale.device==running.device else scale.to(running.device)
+    if said is None and x.dtype==torch.float16: _warn_of_no_scale()
+    return None
 
+_no_scale = ("A backward in float16, and nothing tells by how much its loss is scaled: running gradients have to follow the scale. torch.amp.GradScaler tells by itself, but not within "
+    "torch.compile, nor do other scalers: `follow_scaler(model, scaler)`, once, before the loop; `follow_scaler(model, None)`, where the loss is not scaled. bfloat16 needs nothing.")
+@lru_cache(None)
+def _warn_of_no_scale(): warnings.warn(_no_scale)
 
-def _running_grads(ctx, dy, x, weight, mean, var, rho, free):
-    "`dx`, `dweight` and `dbias`; merges the batch's $g$ into the running one"
+def _running_grads(ctx, dy, x, weight, mean, var, rho, factor, flag):
+    "`dx`, `dweight` and `dbias`; updates the running gradient"
     need_dx,need_w,need_b = ctx.needs_input_grad[:3]
     def grads(dx, dweight, dbias): return dx,dweight.to(weight.dtype) if need_w else None,dbias.to(ctx.bias_dtype) if need_b else None
-    path,w = ctx.path or plain,*_as_stats(mean, weight)
+    path,w,r = ctx.path or plain,*_as_stats(mean, weight),ctx.reaction
+    unpaid = r.debt.pay() if flag is None else torch.ops.fastai_runbn.pay(flag)
+    running = r.running if torch.is_tensor(r.share) or r.share else None
+    scale = _loss_scale(r.scale, x, running)
     if path is compiled:
-        running = ctx.window_grad if torch.is_tensor(ctx.credit) or ctx.credit else None
-        dy_,credit,eps = dy.contiguous(memory_format=_layout(x)),_number(ctx.credit, mean),_number(ctx.eps, mean)
-        got = _run_compiled(_backward, dy_, x, w, mean, var, rho, free, ctx.clamped, running, credit, eps, ctx.first, need_dx)
-        if got is not None:
-            *got,ctx.first = got
-            return grads(*got)
+        dy_,share,eps = dy.contiguous(memory_format=_layout(x)),_number(r.share, mean),_number(ctx.eps, mean)
+        got = _run_compiled(_backward, dy_, x, w, mean, var, rho, factor, ctx.clamped, running, share, eps, unpaid, r.update, scale, need_dx)
+        if got is not None: return grads(*got)
         path = choose_path(x, mean)
-    def credited(dbias, dweight):
-        M,credit = x.numel()//x.shape[1],ctx.credit
-        if ctx.sync is not None: dbias,dweight,M,credit = ctx.sync(dbias, dweight, M, credit, free, ctx.clamped, ctx.first is not None)
-        G,ctx.first = _credited(dbias, dweight, M, rho, free, ctx.clamped, ctx.window_grad, credit, ctx.first, look=path is on_cpu)
-        return G
-    return grads(*path.grads(dy, x, mean, var, ctx.eps, w, credited, need_dx))
+    def reaction(dbias, dweight):
+        M,share = x.numel()//x.shape[1],r.share
+        if r.pool is not None: dbias,dweight,M,share = r.pool(dbias, dweight, M, share, factor, ctx.clamped, unpaid, scale)
+        g = _local_grad(dbias, dweight, M, factor, ctx.clamped)
+        return rho*g if running is None else running_grad_(g, running, rho, factor, share, unpaid, r.update, scale, look=path is on_cpu)
+    return grads(*path.grads(dy, x, mean, var, ctx.eps, w, reaction, need_dx))
 
 # %% ../nbs/02_functional.ipynb #3073755e
 class _Once(Function):
@@ -390,12 +470,22 @@ def _keep_kernel(t):
     if torch._C._current_graph_task_id() != -1: raise RuntimeError(_no_recompute)
     return t.clone()
 
+def _unpaid(t):
+    "A debt as a flag, 1: to be kept for the backward of a compiled forward"
+    return t.new_ones(())
+
+def _pay(t):
+    "The flag `t` as it was, and 0 from now on; not by autograd's count of changes, which would refuse a second backward"
+    was = t.clone()
+    t.data.zero_()
+    return was
+
 _lib = torch.library.Library('fastai_runbn', 'FRAGMENT') # torch.library.custom_op would do, but searches all modules for its source: 80 ms more for an import
 if not hasattr(torch.ops.fastai_runbn, 'keep'): # it is there where this page runs in a process that has the library
-    for name,kernel in (('keep',_keep_kernel), ('realize',torch.clone)):
+    for name,kernel,like in (('keep',_keep_kernel,torch.empty_like), ('realize',torch.clone,torch.empty_like), ('unpaid',_unpaid,_unpaid), ('pay',_pay,torch.empty_like)):
         _lib.define(f'{name}(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
         _lib.impl(name, kernel, 'CompositeExplicitAutograd')
-        _lib.impl(name, torch.empty_like, 'Meta')
+        _lib.impl(name, like, 'Meta')
 
 def _keep(*ts):
     "`ts`, safe from being computed again by a compiled backward"
@@ -407,15 +497,15 @@ def window_statistics(
     window_mean:Tensor, # Mean of the window `(C,)`, updated in place
     window_var:Tensor, # Biased variance of the window `(C,)`, updated in place
     window_count:Tensor, # Count $n$ of the window `(C,)`, updated in place; 0: empty, less: full
-    momentum:float|Tensor=0.1, # Weight $a$ of this batch, in (0,1]
+    a:float|Tensor=0.1, # Weight of this batch in the window, in (0,1]
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance
-)->tuple: # To normalise with: mean, variance, the batch's share $\rho$, and 0 where at the floor, else how far it is held to what is owed; `(C,)` each
+)->tuple: # To normalise with: mean, variance, the batch's share $\rho$, and 0 where at the floor, else what it is clipped by; `(C,)` each
     r"Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\rho=0$"
     if x.shape[1]!=len(window_mean): raise RuntimeError(f"running batch norm of {len(window_mean)} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     path = choose_path(x, window_mean)
     m,v,_ = path.moments(x)
-    mean,var,rho,_ = merge_batch(m, v, x.numel()//x.shape[1], momentum, None, (window_mean,), (window_var,), (window_count,))
+    mean,var,rho,_ = merge_batch(m, v, x.numel()//x.shape[1], a, None, (window_mean,), (window_var,), (window_count,))
     return _keep(*_above(m, v, mean, var, rho, floor, eps, True))
 
 # %% ../nbs/02_functional.ipynb #10e0f681
@@ -424,17 +514,16 @@ def normalize(
     stats:tuple, # What `window_statistics` returned
     weight:Tensor=None, # Scale $\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\beta$ `(C,)`
-    credit:float|Tensor=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
-    window_grad:Tensor=None, # Running means of $g_1$ and $g_2$ `(2,C)`, updated in place by backward; needed for `credit`
+    reaction:Reaction=Reaction(), # Of the gradient; default: lesson 10's
     eps:float=1e-5, # Added to the variance
     clamped:bool=True, # May a variance be at its floor? If not, that is not looked at
     path=None, # From `choose_path`; default: the plain formulas
     y:Tensor=None, # Memory for the result
-    sync=None, # Called in the backward with this process's sums, from which it makes those to credit (of `distributed`)
 )->Tensor: # $y$, as `x`
     "Normalise `x` with given statistics; the gradient is that of a running norm"
-    apply = _Normalize.apply if torch.compiler.is_compiling() else _apply # without torch.func's part, which has no place here
-    return apply(x, weight, bias, *stats, window_grad, credit, eps, clamped, path, [y], sync)
+    if torch.compiler.is_compiling(): return _Normalize.apply(x, weight, bias, *stats, torch.ops.fastai_runbn.unpaid(stats[2]), reaction, eps, clamped, path, [y])
+    if reaction.debt is None: reaction = reaction._replace(debt=Debt())
+    return _apply(x, weight, bias, *stats, None, reaction, eps, clamped, path, [y]) # without torch.func's part, which has no place here
 
 _apply = super(Function, _Normalize).apply
 
@@ -446,12 +535,12 @@ def running_batch_norm(
     window_count:Tensor, # Count $n$ of the window `(C,)`, updated in place; 0: empty, less: full
     weight:Tensor=None, # Scale $\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\beta$ `(C,)`
-    momentum:float|Tensor=0.1, # Weight $a$ of this batch, in (0,1]
-    credit:float|Tensor=0., # Share of the gradient taken from the running one, in [0,1]; 0 is lesson 10
-    window_grad:Tensor=None, # Running means of $g_1$ and $g_2$ `(2,C)`, updated in place by backward; needed for `credit`
+    a:float|Tensor=0.1, # Weight of this batch in the window, in (0,1]
+    running_grad:float|Tensor=0., # Share of the statistics' gradient taken from the running one, in [0,1]; 0 is lesson 10
+    window_grad:Tensor=None, # The running gradient, of $g_1$ and $g_2$, `(2,C)`, updated in place by backward; needed for `running_grad`
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance
 )->Tensor: # $y$, as `x`
     "Normalise `x` with the window after merging it in, in training; design after fast.ai lesson 10 and MABN"
-    with torch.no_grad(): stats = window_statistics(x, window_mean, window_var, window_count, momentum, floor, eps)
-    return normalize(x, stats, weight, bias, credit, window_grad, eps, floor is not None, choose_path(x, window_mean))
+    with torch.no_grad(): stats = window_statistics(x, window_mean, window_var, window_count, a, floor, eps)
+    return normalize(x, stats, weight, bias, Reaction(window_grad, running_grad), eps, floor is not None, choose_path(x, window_mean))

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
-from .moments import batch_moments,batch_weight,head_start,trust
+from .moments import batch_moments,trust,window_weight
 from .surgery import surgery_report
 
 # %% ../nbs/08_interpret.ipynb #59a1e2d1
@@ -114,10 +114,12 @@ def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
     if n==0: return 1.,math.nan
+    rows,samples,_ = m.last_batch or (0,0,0)
+    if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
     if n<0 or bs is None: return math.nan,math.nan
-    young,M = m.momentum is not None and m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
-    for _ in range(6):                                           # the weight is a function of M in turn
-        a = batch_weight(m.momentum, bs, M, m.eval_steps.median()+(1-head_start))
+    young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
+    for _ in range(6):                # the weight is a function of M in turn
+        a = window_weight(m.window, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M)),float(M)
 
@@ -134,7 +136,7 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
         hits = self.recorder.floored.get(name) if self.recorder else None
         rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
             mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
-            rho=rho, credit=float(m.credit)*(1 if math.isnan(M) else trust(M)),
+            rho=rho, running_grad=float(m.running_grad)*(1 if math.isnan(M) else trust(M)),
             floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
             off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
     return pd.DataFrame(rows).set_index('layer')

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
-from .layers import RunningBatchNormMixin,runbn_settings
+from .layers import running_norms,runbn_settings
 
 # %% ../nbs/05_schedule.ipynb #5ae2ed4f
 class WarmupClamp:
@@ -48,12 +48,10 @@ def plot(self:WarmupClamp,
     return ax
 
 # %% ../nbs/05_schedule.ipynb #68ab66b8
-def _running(model): return [m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
-
 def _share_settings(model, names):
     "Give the running norms of `model` tensors in the place of the settings `names`; all of those tensors, by name"
     shared = {n:{} for n in names}
-    for m in _running(model):
+    for m in running_norms(model):
         m._unscheduled = m.settings()
         if 'floor' in shared:
             m.set_settings(clamp=[0.])
@@ -66,9 +64,9 @@ def _share_settings(model, names):
 
 def unschedule(model):
     "Give the running norms of `model` back the settings that they had before a schedule"
-    for m in _running(model):
+    for m in running_norms(model):
         if (old:=vars(m).pop('_unscheduled', None)) is not None:
-            m.momentum,m.credit = old['momentum'],old['credit']
+            m.window,m.running_grad = old['window'],old['running_grad']
             m.set_settings(**old)
 
 # %% ../nbs/05_schedule.ipynb #3369d916
@@ -76,14 +74,14 @@ class RunBNSchedule(Callback):
     "Schedule settings of the running norms over a fit; afterwards, however it ended, they are what they were"
     order,run_valid = 61,False # After ParamScheduler, whose `recorder.hps` is added to
     def __init__(self,
-        momentum=None, # Weight of a batch of two by position in [0,1]: a fastai schedule or any function of a float
-        credit=None, # Share of the gradient taken from a running average, likewise
+        window=None, # Length of the window in samples by position in [0,1]: a fastai schedule or any function of a float
+        running_grad=None, # Share of the gradient taken from a running average, likewise
         floor=None, # Least variance to normalise with, likewise; in the place of the layers' `clamp`
     ):
-        self.scheds = {k:f for k,f in dict(momentum=momentum, credit=credit, floor=floor).items() if f is not None}
-        if not self.scheds: raise ValueError("RunBNSchedule(): give at least one of momentum, credit and floor, a fastai schedule each.")
+        self.scheds = {k:f for k,f in dict(window=window, running_grad=running_grad, floor=floor).items() if f is not None}
+        if not self.scheds: raise ValueError("RunBNSchedule(): give at least one of window, running_grad and floor, a fastai schedule each.")
         for k,f in self.scheds.items():
-            if not callable(f): raise TypeError(f"{k}={f!r}: a schedule was expected, such as SchedCos(0.1, 0.02); a constant is a setting of RunBNCallback.")
+            if not callable(f): raise TypeError(f"{k}={f!r}: a schedule was expected, such as SchedCos(20, 100); a constant is a setting of RunBNCallback.")
             for pos in (0.,.25,.5,.75,1.): runbn_settings(**{'clamp':[f(pos)]} if k=='floor' else {k:float(f(pos))})
 
     def before_fit(self):

@@ -10,6 +10,7 @@ __all__ = ['norm_twins', 'norm_twin', 'register_norm', 'NormRow', 'SurgeryReport
 import warnings
 from collections import Counter
 from fnmatch import fnmatchcase
+from html import escape
 from typing import NamedTuple
 import pandas as pd,torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 from fastcore.basics import listify,patch
 from . import layers
+from .moments import AutoMomentum,auto_momentum
 from .layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,RunningSyncBatchNorm,runbn_settings
 
 # %% ../nbs/04_surgery.ipynb #cc22aa40
@@ -82,10 +84,12 @@ class NormRow(NamedTuple):
     status:str # 'running', 'convertible' or 'left alone'
     why:str # Why it is left alone, or not among those chosen
     skipped:int=0 # Batches that were not finite, and that a running norm left out
+    points:int=0 # Rows of its last training batch, where they are not samples
+    samples:int=0 # Samples that it was taken for
 
 class SurgeryReport:
     "The norms of a model, one `NormRow` each: what is a running norm, what could be, what is left alone and why"
-    def __init__(self, rows, others): self.rows,self.others = rows,others
+    def __init__(self, rows, others, filters=''): self.rows,self.others,self.filters = rows,others,filters # `filters`: a line about them, of `FilterMeans`
     def _having(self, status): return [r for r in self.rows if r.status==status]
     running = property(lambda self: self._having('running'), doc="Rows of layers that are running norms")
     convertible = property(lambda self: self._having('convertible'), doc="Rows of layers that `to_runbn` would convert")
@@ -96,12 +100,14 @@ class SurgeryReport:
         parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible', f'{len(self.left_alone)} left alone']
         if n:=sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
         return ', '.join(parts) + (f"; also {', '.join(f'{n} {t}' for t,n in self.others.items())}" if self.others else '')
+    def _head(self): return [o for o in (self.counts,self.filters) if o]
 
 # %% ../nbs/04_surgery.ipynb #2b94d909
 _columns = 'layer','from','to','channels','status','why'
 def _cells(r):
     skipped = f"skipped {r.skipped} {'batch' if r.skipped==1 else 'batches'} with NaN or infinity" if r.skipped else ''
-    return [r.name or '(the model)', r.type, r.to, '' if r.channels is None else str(r.channels), r.status, ', '.join(filter(None, [r.why,skipped]))]
+    points = f"{r.points} rows, counted as {r.samples} sample{'s'*(r.samples!=1)}" if r.points else ''
+    return [r.name or '(the model)', r.type, r.to, '' if r.channels is None else str(r.channels), r.status, ', '.join(filter(None, [r.why,points,skipped]))]
 
 # %% ../nbs/04_surgery.ipynb #e60b8749
 @patch
@@ -109,15 +115,15 @@ def __repr__(self:SurgeryReport):
     table = [_columns, *map(_cells, self.rows)]
     widths = [max(map(len, col)) for col in zip(*table)]
     lines = ['  '.join(c.ljust(w) for c,w in zip(row, widths)).rstrip() for row in table]
-    return '\n'.join([self.counts, *(lines if self.rows else [])])
+    return '\n'.join([*self._head(), *(lines if self.rows else [])])
 
 @patch
 def _repr_markdown_(self:SurgeryReport):
     table = [_columns, ['---']*len(_columns), *map(_cells, self.rows)]
-    return '\n'.join([self.counts, '', *('|'+'|'.join(row)+'|' for row in table)])
+    return '\n\n'.join(self._head()) + '\n\n' + '\n'.join('|'+'|'.join(row)+'|' for row in table)
 
 @patch
-def _repr_html_(self:SurgeryReport): return f'<p>{self.counts}</p>\n' + pd.DataFrame(map(_cells, self.rows), columns=_columns).to_html(index=False)
+def _repr_html_(self:SurgeryReport): return ''.join(f'<p>{escape(o)}</p>\n' for o in self._head()) + pd.DataFrame(map(_cells, self.rows), columns=_columns).to_html(index=False)
 
 # %% ../nbs/04_surgery.ipynb #0ff54436
 def _patterns(pats, rows, arg):
@@ -162,7 +168,8 @@ def _row(names, m, include, exclude, filter_fn):
     if running: old,to,status = _plain_of(old) or old,old,'running'
     else:       to,status = (None,'left alone') if why else (norm_twin(old),'convertible')
     skipped = int(m.skipped_batches) if running and not m.skipped_batches.is_meta else 0
-    return NormRow(names[0], old.__name__, to.__name__ if to else '', getattr(m, 'num_features', None), status, why, skipped)
+    rows,samples,_ = (running and m.last_batch) or (0,0,0)
+    return NormRow(names[0], old.__name__, to.__name__ if to else '', getattr(m, 'num_features', None), status, why, skipped, *((rows,samples) if rows!=samples else ()))
 
 # %% ../nbs/04_surgery.ipynb #ece36215
 def to_runbn(
@@ -206,8 +213,8 @@ def _revert(m):
     if not isinstance(m, RunningBatchNormMixin): return
     if (cls:=_plain_of(type(m))) is None: raise TypeError(f"{type(m).__name__} has no BatchNorm to go back to: name its twin with `register_norm`.")
     m.make_plain()
-    own = m.momentum if isinstance(m.momentum, (int,float,type(None))) else .1 # a rule of ours means nothing to BatchNorm
-    m.momentum = m.__dict__.pop('_bn_momentum', own)
+    was = vars(m).pop('_bn_momentum', float(auto_momentum))
+    if isinstance(m.momentum, AutoMomentum): m.momentum = was # else it was set since, and means to BatchNorm what it meant here
     m.__class__ = cls
 
 # %% ../nbs/04_surgery.ipynb #57b6276b

@@ -28,7 +28,7 @@ from .peers import BatchRenorm2d,BatchRenorm3d,MABN2d,MABN3d,centre_convs,use_no
 from .tasks import bodies_dls,body_and_head,lesson10_convnet,mnist_dls,digits_dls,photos_dls,scenes_dls,small_resnet,small_unet
 from ..callback import RunBNCallback
 from ..layers import LESSON10,RunningBatchNormMixin
-from ..moments import batch_moments,window
+from ..moments import SampleWindow,batch_moments
 from ..schedule import RunBNSchedule
 
 # %% ../../nbs/09_bench.quality.ipynb #7da0eeb1
@@ -131,20 +131,20 @@ class EmptyWindows(_RunningNorms):
 def _ours(model, steps, *more, **settings): return [RunBNCallback(**settings), *[cb() for cb in more]]
 
 variants = {f'ours, {name}':change for name,change in { # chkstyle: ignore-node, a table
-    'credit 0':partial(_ours, credit=0., centre=True),
-    'credit .5':partial(_ours, credit=.5),
-    'credit 0 to 1':lambda model, steps: _ours(model, steps, partial(RunBNSchedule, credit=SchedLin(0., 1.))),
-    'window 20':partial(_ours, momentum=window(20, few=10)),
-    'window 120':partial(_ours, momentum=window(120, few=10)),
-    'window 60, few values or many':partial(_ours, momentum=window(60)),
-    'window 20 to 120':lambda model, steps: _ours(model, steps, partial(RunBNSchedule, momentum=lambda pos: 2/(20+100*pos))), # with two images a batch
+    'running_grad 0':partial(_ours, running_grad=0., centre=True),
+    'running_grad .5':partial(_ours, running_grad=.5),
+    'running_grad 0 to 1':lambda model, steps: _ours(model, steps, partial(RunBNSchedule, running_grad=SchedLin(0., 1.))),
+    'window 20':partial(_ours, window=SampleWindow(20, few=10)),
+    'window 120':partial(_ours, window=SampleWindow(120, few=10)),
+    'window 60, few values or many':partial(_ours, window=60),
+    'window 20 to 120':lambda model, steps: _ours(model, steps, partial(RunBNSchedule, window=SchedLin(20., 120.))),
     'evaluation window 50':partial(_ours, eval_window=50),
     'evaluation window 1,000':partial(_ours, eval_window=1000),
     'no clamp':partial(_ours, clamp=None),
     'lag clipped':lambda model, steps: _ours(model, steps, ClipLag),
     'lag compensated':lambda model, steps: _ours(model, steps, CompensateLag),
-    'window 60, lag clipped':lambda model, steps: _ours(model, steps, ClipLag, momentum=window(60)),
-    'window not by accumulated batch':partial(_ours, window=None),
+    'window 60, lag clipped':lambda model, steps: _ours(model, steps, ClipLag, window=60),
+    'window not by accumulated batch':partial(_ours, accumulation_window=False),
     'windows empty at first':lambda model, steps: _ours(model, steps, EmptyWindows)}.items()}
 
 
