@@ -126,6 +126,22 @@ def _above(m, v, mean, var, rho, floor, eps, clipped):
     return mean,var,rho,factor if above is None else factor*above
 
 # %% ../nbs/02_functional.ipynb #f6226f51
+class Debt:
+    "What one forward owes of the running gradient: its first backward pays it"
+    def __init__(self): self.unpaid = True
+    def pay(self):
+        "Was it unpaid until now?"
+        was,self.unpaid = self.unpaid,False
+        return was
+
+class Statistics(NamedTuple):
+    "What a batch is normalised with, `(C,)` each"
+    mean:Tensor   # Mean, of the window with the batch in it
+    var:Tensor    # Its biased variance, or the floor
+    share:Tensor  # Share $\\rho$ of the batch in the window
+    factor:Tensor # 0 where the variance is at its floor, else what the batch is clipped by
+    debt:Debt     # What its gradient owes; within torch.compile a flag, 1 while it is unpaid
+
 class State(NamedTuple):
     "What a layer keeps, but for the running gradient; all updated in place"
     mean:Tensor     # Mean of the window `(C,)`
@@ -355,21 +371,12 @@ def choose_path(
     return on_cpu if x.is_cpu else on_cuda if x.is_cuda else plain
 
 # %% ../nbs/02_functional.ipynb #8035932b
-class Debt:
-    "What one forward owes of the running gradient: its first backward pays it"
-    def __init__(self): self.unpaid = True
-    def pay(self):
-        "Was it unpaid until now?"
-        was,self.unpaid = self.unpaid,False
-        return was
-
 class Reaction(NamedTuple):
     "How the gradient goes through the statistics"
     running:Tensor=None # Running gradient $\\bar g$ `(2,C)`, updated in place by a backward
     share:float|Tensor=0. # Share of it that is paid, in [0,1]; 0 is lesson 10
-    debt:Debt=None # Of this forward
     update:bool=True # Update the running gradient?
-    scale:Tensor|bool=None # Loss scale, where it was said; False: that there is none
+    scale:Tensor|bool=False # Loss scale, where it was said; False: there is none; None: there should be one
     pool:FunctionType=None # Called in the backward with this process's sums, from which it makes those that count (of `distributed`)
 
 class LossScale:
@@ -400,9 +407,9 @@ class LossScale:
 class _Normalize(Function):
     "`(x-mean)/sqrt(var+eps)*weight + bias`, with the gradient of a running norm in its backward"
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, rho, factor, flag, reaction, eps, clamped, path, y):
-        ctx.save_for_backward(x, weight, mean, var, rho, factor, flag)
-        ctx.reaction,ctx.eps,ctx.clamped,ctx.path = reaction,eps,clamped,path
+    def forward(ctx, x, weight, bias, mean, var, rho, factor, debt, reaction, eps, clamped, path, y):
+        ctx.save_for_backward(x, weight, mean, var, rho, factor, debt if torch.is_tensor(debt) else None)
+        ctx.debt,ctx.reaction,ctx.eps,ctx.clamped,ctx.path = None if torch.is_tensor(debt) else debt,reaction,eps,clamped,path
         ctx.bias_dtype = None if bias is None else bias.dtype
         if path is compiled: return y[0] # computed already
         return (path or plain).affine(x, mean, var, eps, *_as_stats(mean, weight, bias), *y)
@@ -436,16 +443,17 @@ def _running_grads(ctx, dy, x, weight, mean, var, rho, factor, flag):
     need_dx,need_w,need_b = ctx.needs_input_grad[:3]
     def grads(dx, dweight, dbias): return dx,dweight.to(weight.dtype) if need_w else None,dbias.to(ctx.bias_dtype) if need_b else None
     path,w,r = ctx.path or plain,*_as_stats(mean, weight),ctx.reaction
-    unpaid = r.debt.pay() if flag is None else torch.ops.fastai_runbn.pay(flag)
     running = r.running if torch.is_tensor(r.share) or r.share else None
     scale = _loss_scale(r.scale, x, running)
     if path is compiled:
         dy_,share,eps = dy.contiguous(memory_format=_layout(x)),_number(r.share, mean),_number(ctx.eps, mean)
+        unpaid = ctx.debt.pay()
         got = _run_compiled(_backward, dy_, x, w, mean, var, rho, factor, ctx.clamped, running, share, eps, unpaid, r.update, scale, need_dx)
         if got is not None: return grads(*got)
-        path = choose_path(x, mean)
+        path,ctx.debt.unpaid = choose_path(x, mean),unpaid
     def reaction(dbias, dweight):
         M,share = x.numel()//x.shape[1],r.share
+        unpaid = ctx.debt.pay() if flag is None else torch.ops.fastai_runbn.pay(flag, dbias)
         if r.pool is not None: dbias,dweight,M,share = r.pool(dbias, dweight, M, share, factor, ctx.clamped, unpaid, scale)
         g = _local_grad(dbias, dweight, M, factor, ctx.clamped)
         return rho*g if running is None else running_grad_(g, running, rho, factor, share, unpaid, r.update, scale, look=path is on_cpu)
@@ -468,28 +476,34 @@ _no_recompute = ("A compiled running batch norm is being computed again in the b
 # %% ../nbs/02_functional.ipynb #8c41e662
 def _keep_kernel(t):
     if torch._C._current_graph_task_id() != -1: raise RuntimeError(_no_recompute)
-    return t.clone()
+    return t.clone(),t.new_ones(())
 
-def _unpaid(t):
-    "A debt as a flag, 1: to be kept for the backward of a compiled forward"
-    return t.new_ones(())
-
-def _pay(t):
-    "The flag `t` as it was, and 0 from now on; not by autograd's count of changes, which would refuse a second backward"
-    was = t.clone()
-    t.data.zero_()
+def _pay(flag, after):
+    "`flag` as it was, and 0 from now on, once there is `after`; not by autograd's count of changes, which would refuse a second backward"
+    was = flag.clone()
+    flag.data.zero_()
     return was
+
+def _forget(changed, running):
+    "`changed`, and no running gradient where that is true; unnoticed, so that a compiled backward reads the running gradient when it runs, not as it was in the forward"
+    running.data.masked_fill_(changed, 0.)
+    return changed.clone()
 
 _lib = torch.library.Library('fastai_runbn', 'FRAGMENT') # torch.library.custom_op would do, but searches all modules for its source: 80 ms more for an import
 if not hasattr(torch.ops.fastai_runbn, 'keep'): # it is there where this page runs in a process that has the library
-    for name,kernel,like in (('keep',_keep_kernel,torch.empty_like), ('realize',torch.clone,torch.empty_like), ('unpaid',_unpaid,_unpaid), ('pay',_pay,torch.empty_like)):
-        _lib.define(f'{name}(Tensor t) -> Tensor', tags=(torch.Tag.pt2_compliant_tag,))
+    def _keep_meta(t): return torch.empty_like(t),t.new_empty(())
+    def _pay_meta(flag, after): return torch.empty_like(flag)
+    for name,kernel,meta,schema in (('keep',_keep_kernel,_keep_meta,'(Tensor t) -> (Tensor, Tensor)'), ('realize',torch.clone,torch.empty_like,'(Tensor t) -> Tensor'),
+                                    ('pay',_pay,_pay_meta,'(Tensor flag, Tensor after) -> Tensor'), ('forget',_forget,_pay_meta,'(Tensor changed, Tensor running) -> Tensor')):
+        _lib.define(name+schema, tags=(torch.Tag.pt2_compliant_tag,))
         _lib.impl(name, kernel, 'CompositeExplicitAutograd')
-        _lib.impl(name, like, 'Meta')
+        _lib.impl(name, meta, 'Meta')
 
-def _keep(*ts):
-    "`ts`, safe from being computed again by a compiled backward"
-    return torch.ops.fastai_runbn.keep(torch.stack(ts)).unbind() if torch.compiler.is_compiling() else ts
+def kept(*ts)->Statistics:
+    "`ts` with a debt, safe from being computed again by a compiled backward"
+    if not torch.compiler.is_compiling(): return Statistics(*ts, Debt())
+    ts,flag = torch.ops.fastai_runbn.keep(torch.stack(ts))
+    return Statistics(*ts.unbind(), flag)
 
 # %% ../nbs/02_functional.ipynb #57b67b35
 def window_statistics(
@@ -500,18 +514,18 @@ def window_statistics(
     a:float|Tensor=0.1, # Weight of this batch in the window, in (0,1]
     floor:Tensor=None, # Least variance to normalise with, `(C,)`
     eps:float=1e-5, # Added to the variance
-)->tuple: # To normalise with: mean, variance, the batch's share $\rho$, and 0 where at the floor, else what it is clipped by; `(C,)` each
+)->Statistics: # To normalise with
     r"Merge the moments of `x` into the window; those that are not finite, or would make it so, stay out, with $\rho=0$"
     if x.shape[1]!=len(window_mean): raise RuntimeError(f"running batch norm of {len(window_mean)} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     path = choose_path(x, window_mean)
     m,v,_ = path.moments(x)
     mean,var,rho,_ = merge_batch(m, v, x.numel()//x.shape[1], a, None, (window_mean,), (window_var,), (window_count,))
-    return _keep(*_above(m, v, mean, var, rho, floor, eps, True))
+    return kept(*_above(m, v, mean, var, rho, floor, eps, True))
 
 # %% ../nbs/02_functional.ipynb #10e0f681
 def normalize(
     x:Tensor, # Activations, `(N,C,*)`
-    stats:tuple, # What `window_statistics` returned
+    stats:Statistics, # What `window_statistics` returned
     weight:Tensor=None, # Scale $\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\beta$ `(C,)`
     reaction:Reaction=Reaction(), # Of the gradient; default: lesson 10's
@@ -521,9 +535,8 @@ def normalize(
     y:Tensor=None, # Memory for the result
 )->Tensor: # $y$, as `x`
     "Normalise `x` with given statistics; the gradient is that of a running norm"
-    if torch.compiler.is_compiling(): return _Normalize.apply(x, weight, bias, *stats, torch.ops.fastai_runbn.unpaid(stats[2]), reaction, eps, clamped, path, [y])
-    if reaction.debt is None: reaction = reaction._replace(debt=Debt())
-    return _apply(x, weight, bias, *stats, None, reaction, eps, clamped, path, [y]) # without torch.func's part, which has no place here
+    apply = _Normalize.apply if torch.compiler.is_compiling() else _apply # without torch.func's part, which has no place here
+    return apply(x, weight, bias, *stats, reaction, eps, clamped, path, [y])
 
 _apply = super(Function, _Normalize).apply
 

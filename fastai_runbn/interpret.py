@@ -130,6 +130,7 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
     "The state of the layers"
     rows = []
     for name,m in self.norms.items():
+        m.refresh_window() # as the next training forward does, where a state was loaded
         rho,M = _share(m, self.bs)
         mean,sigma = m.window_mean,m.window_var.sqrt()
         off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
@@ -339,12 +340,15 @@ def plot_layers(self:RunBNInterpretation,
 # %% ../nbs/08_interpret.ipynb #f83bfb88
 _far = .5 # Standard deviations between window and evaluation, from which on there is a remark: four times what a healthy layer of few values had above
 
-def _remarks(name, m, row, looked):
-    "What is wrong with the layer `m`, of which `row` is the row in the table"
+def _remarks(name, m, row, looked, bs):
+    "What is wrong with the layer `m`, of which `row` is the row in the table, in training with `bs` samples a batch"
     C,floor = m.num_features,_floor(m, m.samples_seen).item()
     under = int((m.window_var<floor).sum())
     if m.window_count.median()==0: return [f"no batch yet: `{name}` starts with the first batch of training."]
     out = []
+    rows,samples,_ = m.last_batch or (0,0,0)
+    if bs and samples>bs: out.append(f"rows are not samples: `{name}` counted {rows} rows as {samples} samples, where a batch has {bs}, and its window is that much shorter. "
+        f"Say `set_batch_size(model, {bs})`, or train with RunBNCallback, which does.")
     if row.dead: out.append(f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant in the window (a variance below eps={m.eps:g}). "
         "Look for empty inputs and for filters that died at a high learning rate.")
     elif under: out.append(f"variance at the floor: {under} of {C} channels of `{name}` are normalised with the floor of {floor:g}. Their activations are small; a lower `clamp` leaves them their own variance.")
@@ -361,4 +365,4 @@ def _remarks(name, m, row, looked):
 def suggestions(self:RunBNInterpretation)->list: # A line each; empty where all is well
     "Remarks on layers that look ill, and what to do"
     looked = self.recorder.looked if self.recorder else {}
-    return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0))]
+    return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)]

@@ -18,7 +18,7 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from fastcore.basics import patch
 from .moments import AutoMomentum,SampleWindow,_at_most_1,auto_momentum,batch_moments,head_start,lesson10_weight,trust,window_weight
-from .functional import Debt,LossScale,Reaction,State,choose_path,compiled,count_batch,normalize,on_cpu,_forward,_keep,_number,_run_compiled
+from .functional import LossScale,Reaction,State,Statistics,choose_path,compiled,count_batch,kept,normalize,on_cpu,_forward,_number,_run_compiled
 
 # %% ../nbs/03_layers.ipynb #aa465bfb
 backends = 'auto','plain','aten','compiled'
@@ -131,10 +131,13 @@ def seed_window(self:RunningBatchNormMixin,
     "Start the window from `running_mean` and `running_var`: full if they were trained, empty if not; forgets the running gradient"
     mean,var,batches = self.running_mean,self.running_var,self.num_batches_tracked
     if self._sync is not None and where is None: self._sync.settle(drop=True)
+    if where is not None: where = torch.ops.fastai_runbn.forget(where, self.window_grad)
+    else: self.window_grad.zero_()
     trained = (batches>0) | (mean!=0).any() | (var!=1).any()
-    seeds = dict(window_mean=mean, window_var=var, known_mean=mean, known_var=var, window_count=torch.where(trained, -1., 0.), window_grad=0.,
+    seeds = dict(window_mean=mean, window_var=var, known_mean=mean, known_var=var, window_count=torch.where(trained, -1., 0.),
         eval_steps=torch.where(batches>0, batches, torch.where(trained, _full_steps, 0.))+head_start,
-        samples_seen=torch.where(trained, 2**40, 0), skipped_batches=0, clamp_floor=_floors((*self.clamp,0.), self.clamp_floor.dtype, self.clamp_floor.device))
+        samples_seen=torch.where(trained, 2**40, 0), skipped_batches=0)
+    if not torch.compiler.is_compiling(): seeds['clamp_floor'] = _floors((*self.clamp,0.), self.clamp_floor.dtype, self.clamp_floor.device)
     for name,value in seeds.items():
         old = self._buffers[name]
         if where is not None: value = torch.where(where, value, old)
@@ -229,13 +232,13 @@ class _Recalled:
         return was
 
 def _recall(x, recent):
-    "What `x` was normalised with, and its debt: among `recent`, `(batch moments, statistics, debt)` each, those of the batch most like it"
+    "What `x` was normalised with: among `recent`, `(batch moments, Statistics)` each, those of the batch most like it"
     m,v,_ = batch_moments(x)
-    off = [torch.stack(b).nan_to_num(1e30, 2e30, -2e30) for b in (*[b for b,*_ in recent],(m,v))] # a batch that is not finite is near to none but itself
+    off = [torch.stack(b).nan_to_num(1e30, 2e30, -2e30) for b in (*[b for b,_ in recent],(m,v))] # a batch that is not finite is near to none but itself
     nearest = (torch.stack(off[:-1])-off[-1]).abs().sum((1,2)).argmin(0, keepdim=True)
-    debts = [d for *_,d in recent]
-    stats = torch.stack([torch.stack(s) for _,s,_ in recent]).index_select(0, nearest)[0].unbind()
-    return tuple(stats),debts[nearest.item()] if x.is_cpu else _Recalled(debts, nearest)
+    if x.is_cpu: return recent[nearest.item()][1]
+    stats = torch.stack([torch.stack(s[:-1]) for _,s in recent]).index_select(0, nearest)[0].unbind()
+    return Statistics(*stats, _Recalled([s.debt for _,s in recent], nearest))
 
 # %% ../nbs/03_layers.ipynb #24f6f973
 _no_functorch = ("{} in training mode updates its window, which `torch.func` transforms (vmap, grad, …) do not allow. Call `model.eval()` first, or take "
@@ -283,12 +286,24 @@ def _normalized(self:RunningBatchNormMixin, x, sync=None):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
     if x.shape[1]!=self.num_features: raise RuntimeError(f"{type(self).__name__} of {self.num_features} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
+        again = self._is_recomputed()
+        if sync is None and not again: self.refresh_window()
         path = choose_path(x, self.window_mean, self.backend) if sync is None else sync.path(self, x)
-        stats,debt,clamped,path,y = self._statistics(x.detach(), path, sync)
+        stats,clamped,path,y = self._statistics(x.detach(), path, again, sync)
         share,grad,pool = (self._trusted(x),self.window_grad,None) if sync is None else sync.gradient(self, x)
-        reaction = Reaction(grad, share, debt, not self.is_held(), self.loss_scale, pool)
+        scale = self.loss_scale
+        if scale is None and not (x.dtype==torch.float16 and torch.is_autocast_enabled(x.device.type)): scale = False # no word about it
+        reaction = Reaction(grad, share, not self.is_held(), scale, pool)
         y = normalize(x, stats, self.weight, self.bias, reaction, self.eps, clamped, path, y)
     return y if type(x) in (Tensor,nn.Parameter,type(y)) else y.as_subclass(type(x))
+
+@patch
+def _is_recomputed(self:RunningBatchNormMixin):
+    "Is this forward done again, within a backward?"
+    if torch.compiler.is_compiling(): return False
+    if torch._C._current_graph_task_id() != -1: return len(self._recent)>0
+    LossScale.end() # where a backward ended in an error
+    return False
 
 @patch
 def _samples(self:RunningBatchNormMixin, x):
@@ -306,14 +321,12 @@ _rows_are_not_samples = ("{} got {} rows, `(N,C)` with C={}, which is taken for 
     "a batch has: `set_batch_size(model, n)`, or train with RunBNCallback, which knows.")
 
 @patch
-def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
-    "What to normalise `x` with: merges it in, unless it was before; its debt; may a variance be at its floor; the path; memory for the result, or the result itself"
+def _statistics(self:RunningBatchNormMixin, x, path, again, sync=None):
+    "What to normalise `x` with: merges it in, unless it was before; may a variance be at its floor; the path; memory for the result, or the result itself"
     eager = not torch.compiler.is_compiling()
     if eager:
         if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
-        if torch._C._current_graph_task_id() == -1: LossScale.end() # a backward that ended in an error has not
-        elif self._recent: return *_recall(x, self._recent),True,choose_path(x, self.window_mean),None
-    if sync is None: self.refresh_window()
+        if again: return _recall(x, self._recent),True,choose_path(x, self.window_mean),None
     bs,M,state = self._samples(x),x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
     sizes,of_users = _as_tensors(state.mean, bs, M),callable(self.window) and not isinstance(self.window, SampleWindow) and self.window is not lesson10_weight
     a = window_weight(self.window, *((bs,M) if of_users else sizes))
@@ -325,17 +338,18 @@ def _statistics(self:RunningBatchNormMixin, x, path, sync=None):
         if momentum is not None and not isinstance(momentum, AutoMomentum): momentum = _number(momentum, state.mean)
         got = _run_compiled(_forward, x, self.weight, self.bias, *numbers, state, self.clamp_inclusive, clamped, clipped, momentum, update)
         if got is None: path = choose_path(x, state.mean)
-        else: y,stats,(m,v) = got
+        else:
+            y,stats,(m,v) = got
+            stats = kept(*stats)
     if got is None:
         m,v,y = path.moments(x)
-        if sync is None: stats = _keep(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, clipped, path is on_cpu, momentum, update))
-        else: stats = sync.count(self, m, v, bs, M, a, clamped, clipped, path is on_cpu)
-    if not eager: return stats,None,clamped,path,y
-    debt = Debt()
-    self._recent.appendleft(((m,v),stats,debt))
+        if sync is None: stats = kept(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, clipped, path is on_cpu, momentum, update))
+        else: stats = kept(*sync.count(self, m, v, bs, M, a, clamped, clipped, path is on_cpu))
+    if not eager: return stats,clamped,path,y
+    self._recent.appendleft(((m,v),stats))
     if self.path!=path.name: self.path = path.name
     vars(self)['last_batch'] = x.shape[0],bs,M
-    return stats,debt,clamped,path,y
+    return stats,clamped,path,y
 
 # %% ../nbs/03_layers.ipynb #1331db29
 class RunningBatchNorm1d(RunningBatchNormMixin, nn.BatchNorm1d): "Running batch norm for `(N,C)` and `(N,C,L)`; as `RunningBatchNorm2d`"

@@ -1,26 +1,27 @@
 "`sync='step'` of several ranks written out in one process, every formula at full length: what tests/test_distributed.py holds the library to"
-import math,torch
+import torch
 from torch import nn
 from torch.autograd import Function
+from fastai_runbn.moments import AutoMomentum
 
 class _Fn(Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, rho, held, above, own, norm, M):
+    def forward(ctx, x, weight, bias, mean, var, rho, clip, above, own, norm, M):
         rstd = (var+norm.eps)**-.5
         xhat = (x-norm.col(mean,x))*norm.col(rstd,x)
-        ctx.saved = x,xhat,weight,rstd,rho,held,above,own,norm,M
+        ctx.saved = x,xhat,weight,rstd,rho,clip,above,own,norm,M
         return xhat*norm.col(weight,x)+norm.col(bias,x)
     @staticmethod
     def backward(ctx, dy):
-        x,xhat,weight,rstd,rho,held,above,own,norm,M = ctx.saved
+        x,xhat,weight,rstd,rho,clip,above,own,norm,M = ctx.saved
         dims = [d for d in range(x.ndim) if d!=1]
         dbias,dweight = dy.sum(dims),(dy*xhat).sum(dims)
         g1,g2 = dbias/M,dweight*above/M
-        if norm.credit:
+        if norm.running_grad:
             norm.grads.append((M,g1,g2))
             own['g1'],own['g2'] = own['g1']+rho*(g1-own['g1']),own['g2']+rho*(g2-own['g2'])
-        credit = norm.credit*min(1, norm.world*M/32)
-        G1,G2 = credit*own['g1']+(1-credit)*rho*g1,credit*held*own['g2']+(1-credit*held)*rho*g2
+        running_grad = norm.running_grad*min(1, norm.world*M/32)
+        G1,G2 = running_grad*own['g1']+(1-running_grad)*rho*g1,running_grad*clip*own['g2']+(1-running_grad*clip)*rho*g2
         dx = norm.col(weight*rstd,x)*(dy-norm.col(G1,x)-xhat*norm.col(G2,x))
         return dx,dweight,dbias,*[None]*8
 
@@ -28,8 +29,9 @@ class DelayedNorm(nn.Module):
     "A running norm of `world` ranks, `rank` of which is at work"
     def __init__(self, layer, world):
         super().__init__()
-        self.weight,self.bias,self.eps,self.credit,self.world = nn.Parameter(layer.weight.detach().clone()),nn.Parameter(layer.bias.detach().clone()),layer.eps,layer.credit,world
-        self.rule,self.eval_window,self.inclusive = layer.momentum,layer.eval_window,layer.clamp_inclusive
+        self.weight,self.bias,self.eps,self.running_grad,self.world = nn.Parameter(layer.weight.detach().clone()),nn.Parameter(layer.bias.detach().clone()),layer.eps,layer.running_grad,world
+        self.rule,self.eval_window,self.inclusive = layer.window,layer.eval_window,layer.clamp_inclusive
+        self.momentum = layer.momentum
         self.clamp = layer.clamp_floor.tolist() # .01 as float32 has it, where the layer was made in that
         zeros = torch.zeros_like(self.weight.data)
         self.mean,self.var,self.n,self.avg_mean,self.avg_var,self.g1,self.g2 = zeros,zeros+1,zeros,zeros,zeros+1,zeros,zeros
@@ -38,19 +40,19 @@ class DelayedNorm(nn.Module):
 
     @staticmethod
     def col(t, x): return t.view(1,-1,*[1]*(x.ndim-2))
-    def weight_of(self, bs, M, t):
-        if self.rule is None: return 1/t
-        if callable(self.rule): return self.rule(bs, M)
-        return self.rule if bs<=1 else 1-(1-self.rule)/math.sqrt(bs-1)
+    def weight_of(self, bs, M): return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
+    def average_share(self, bs, rho):
+        if self.momentum is None: return rho.new_tensor(1/self.t)
+        if not isinstance(self.momentum, AutoMomentum): return rho.new_tensor(self.momentum)
+        return rho if self.eval_window is None else torch.minimum(rho, rho.new_tensor(max(min(1, bs/self.eval_window), 10/(self.t+9))))
 
     def forward(self, x):
         dims,bs,M = [d for d in range(x.ndim) if d!=1],len(x),x.numel()//x.shape[1]
         z = x.detach()
         m,v = z.mean(dims),z.var(dims, correction=0)
         self.noted.append((M,m,v,bs))
-        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var, n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen, t=self.t*self.world))
-        own['t'] += 1
-        a = self.weight_of(bs, M, own['t'])
+        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var, n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen))
+        a = self.weight_of(bs, M)
         own['n'] = (1-a)*own['n']+a*M
         rho = a*M/own['n']
         d = m-own['mean']
@@ -60,8 +62,8 @@ class DelayedNorm(nn.Module):
         floor = self.clamp[at] if at<len(self.clamp) else 0.
         above = (own['var']>=floor).to(m)
         mean,var = own['mean'],own['var'].clamp(min=floor)
-        held = (4*(var+self.eps)/(v+(m-mean)**2)).clamp(max=1)*above
-        return _Fn.apply(x, self.weight, self.bias, mean, var, rho, held, above, own, self, M)
+        clip = (4*(var+self.eps)/(v+(m-mean)**2)).clamp(max=1)*above
+        return _Fn.apply(x, self.weight, self.bias, mean, var, rho, clip, above, own, self, M)
 
     def merge(self):
         "What the one collective of a step does"
@@ -70,16 +72,14 @@ class DelayedNorm(nn.Module):
         m = sum(o[0]*o[1] for o in self.noted)/M
         v = sum(o[0]*(o[2]+(o[1]-m)**2) for o in self.noted)/M
         self.t += 1
-        a = self.weight_of(bs, M, self.t)
+        a = self.weight_of(bs, M)
         self.n = (1-a)*self.n+a*M
         rho = a*M/self.n
         d = m-self.mean
         self.mean,self.var = self.mean+rho*d,self.var+rho*(v-self.var)+rho*(1-rho)*d**2
-        if self.eval_window is None: self.avg_mean,self.avg_var = self.mean,self.var
-        else:
-            s = torch.minimum(rho, rho.new_tensor(max(min(1, bs/self.eval_window), 10/(self.t+9))))
-            d = m-self.avg_mean
-            self.avg_mean,self.avg_var = self.avg_mean+s*d,self.avg_var+s*(v-self.avg_var)+s*(1-s)*d**2
+        s = self.average_share(bs, rho)
+        d = m-self.avg_mean
+        self.avg_mean,self.avg_var = self.avg_mean+s*d,self.avg_var+s*(v-self.avg_var)+s*(1-s)*d**2
         if self.grads:
             N = sum(o[0] for o in self.grads)
             self.g1,self.g2 = self.g1+rho*(sum(o[0]*o[1] for o in self.grads)/N-self.g1),self.g2+rho*(sum(o[0]*o[2] for o in self.grads)/N-self.g2)

@@ -1,7 +1,7 @@
 "The layer once more, with every setting, written out in numpy and float64 over sums, squares and counts: what other tests compare with"
 import numpy as np
 from fastai_runbn.layers import runbn_settings
-from fastai_runbn.moments import lesson10_momentum
+from fastai_runbn.moments import AutoMomentum
 
 def channels(x):
     "`(N,C,*)` as `(C,M)`, float64, without its graph"
@@ -16,11 +16,17 @@ class Oracle:
         self.rm,self.rv,self.gbar = np.zeros(C),np.ones(C),np.zeros((2,C))
 
     def weight(self, bs, M):
-        if self.momentum is None: return 1/(self.t+1)
-        return np.full_like(self.t, self.momentum(bs, M) if callable(self.momentum) else lesson10_momentum(bs, mom=self.momentum))
+        "Of a batch in the window"
+        return np.full_like(self.t, self.window(bs, M) if callable(self.window) else min(1, bs/self.window))
 
-    def window(self):
-        "Mean and biased variance; 0 and 1 where the window is empty"
+    def average_share(self, bs, rho):
+        "Of a batch in `running_mean` and `running_var`: as BatchNorm's momentum says, if it was set"
+        if self.momentum is None: return 1/(self.t+1)
+        if not isinstance(self.momentum, AutoMomentum): return np.full_like(rho, self.momentum)
+        return rho if self.eval_window is None else np.minimum(np.maximum(min(1, bs/self.eval_window), 10/(self.t+10)), rho)
+
+    def statistics(self):
+        "The window's mean and biased variance; 0 and 1 where it is empty"
         n = np.where(self.n>0, self.n, 1)
         mean = self.S/n
         return mean,np.where(self.n>0, self.Q/n-mean**2, 1)
@@ -31,31 +37,31 @@ class Oracle:
         w,b = (np.broadcast_to(o if np.isscalar(o) else o.detach().double().numpy(), len(x)) for o in (w,b))
         M = x.shape[1]
         with np.errstate(all='ignore'):
+            before,self.held = (self.S,self.Q,self.n),self.momentum==0
             ok = np.isfinite(x.sum(1)) & np.isfinite((x*x).sum(1))
             a = np.where(ok, self.weight(bs, M), 0)
             xs = np.where(ok[:,None], x, 0)
             self.S,self.Q,self.n = self.S+a*(xs.sum(1)-self.S),self.Q+a*((xs**2).sum(1)-self.Q),self.n+a*(M-self.n)
             rho = np.where(ok, a*M/self.n, 0)
-            mean,var = self.window()
+            mean,var = self.statistics()
             seen = self.seen+bs*self.clamp_inclusive
             floor = self.clamp[seen] if seen<len(self.clamp) else 0
             free = var>=floor
             rstd = 1/np.sqrt(np.where(free, var, floor)+self.eps)
             xhat = (x-mean[:,None])*rstd[:,None]
-            held = np.minimum(1, 4/(xhat**2).mean(1))
+            clip = np.minimum(1, 4/(xhat**2).mean(1))
+            share = self.average_share(bs, rho)
             # the averages for evaluation
-            self.t,self.steps,self.seen,self.skipped = self.t+ok,self.steps+1,self.seen+bs,self.skipped+(not ok.all())
-            if self.eval_window is None: self.rm,self.rv = mean,var
-            else:
-                m,v = xs.mean(1),xs.var(1)
-                share = np.minimum(np.maximum(min(1, bs/self.eval_window), 10/(self.t+9)), rho)
+            if not self.held:
+                self.t,self.steps,self.seen,self.skipped = self.t+ok,self.steps+1,self.seen+bs,self.skipped+(not ok.all())
+                m,v,share = xs.mean(1),xs.var(1),share*ok
                 d = m-self.rm
                 self.rm,self.rv = self.rm+share*d,self.rv+share*(v-self.rv)+share*(1-share)*d*d
             # backward
             dw,db = (dy*xhat).sum(1),dy.sum(1)
             g = np.stack([db, dw*free])/M
-            self.gbar = self.gbar+rho*(np.where(np.isfinite(g), g, self.gbar)-self.gbar) if self.credit else self.gbar
-            old = (self.gbar-rho*g)/np.where(rho<1, 1-rho, 1) # the running gradient before this batch
-            G = rho*g+self.credit*min(1, M/32)*np.stack([np.ones_like(held), held])*(1-rho)*old
+            G = rho*g+self.running_grad*min(1, M/32)*np.stack([np.ones_like(clip), clip])*(1-rho)*self.gbar
+            if self.running_grad and not self.held: self.gbar = self.gbar+rho*(np.where(np.isfinite(g), g, self.gbar)-self.gbar)
+            if self.held: self.S,self.Q,self.n = before
             dx = (w*rstd)[:,None]*(dy-G[0][:,None]-xhat*(G[1]*free)[:,None])
         return w[:,None]*xhat+b[:,None],dx,dw,db

@@ -64,7 +64,7 @@ def as_one(rank, world, mode, steps, kw, scheduled=False):
     model = small(**kw)
     if scheduled:
         shared = torch.zeros((), dtype=torch.float64)
-        for m in norms(model): m.momentum = shared
+        for m in norms(model): m.window = shared
     sync = sync_window(model, mode)
     net = DDP(model)
     if scheduled: model[0].register_forward_pre_hook(Schedule(shared))
@@ -187,7 +187,7 @@ def refused(rank, world, what):
     if what=='number' and last: model[4] = nn.BatchNorm2d(6).double()
     if what=='channels' and last: model[8] = RunningBatchNorm1d(25)
     if what=='names' and last: model = nn.Sequential(*model[:4], nn.Identity(), *model[4:])
-    if what=='setting' and last: model[1].set_settings(credit=.5)
+    if what=='setting' and last: model[1].set_settings(running_grad=.5)
     if what=='mode' and last: mode = 'layer'
     try: sync_window(model, mode)
     except RuntimeError as e: return str(e)

@@ -16,7 +16,7 @@ def warm(l, steps=3):
     return l
 def same(a, b): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
-both = pytest.mark.parametrize('settings', [{}, LESSON10, dict(credit=1.)], ids=['default','lesson10','credit 1'])
+both = pytest.mark.parametrize('settings', [{}, LESSON10, dict(running_grad=1.)], ids=['default','lesson10','running_grad 1'])
 
 @both
 @pytest.mark.parametrize('n', [2,3,7])
@@ -32,11 +32,15 @@ def test_forwards_before_the_first_backward(n, settings):
 
 @both
 def test_backwards_on_one_retained_graph(settings):
-    a = warm(layer(**settings))
+    "The first has what the forward owes, and each its own: together they are one backward of the sum, running gradient included"
+    a = warm(layer(**settings)); b = deepcopy(a)
     x = data().requires_grad_()
-    loss = (a(x)**3).sum()
+    z = x.detach().clone().requires_grad_()
+    loss,whole = (a(x)**3).sum(),(b(z)**3).sum()
     gs = [torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(3)]
-    same(gs[1], gs[0]); same(gs[2], gs[0])
+    same(gs[2], gs[1])
+    same(sum(gs), torch.autograd.grad(3*whole, z)[0]); same(a.window_grad, b.window_grad)
+    assert torch.equal(gs[0], gs[1])==(not a.running_grad)
 
 @pytest.mark.parametrize('what', ['x','weight'])
 def test_double_backward_says_why_not(what):

@@ -30,12 +30,12 @@ def test_an_unknown_pattern_names_the_layers_there_are(arg):
     assert not running(learn)
 
 def test_a_converted_model_passed_twice_changes_nothing():
-    model = to_runbn(net(), credit=.3)
+    model = to_runbn(net(), running_grad=.3)
     model(torch.randn(2,3,8,8))
     before = deepcopy(model)
     with warnings.catch_warnings(): warnings.simplefilter('error'); to_runbn(model); to_runbn(model)
     for (k,a),b in zip(before.named_buffers(), model.buffers()): assert torch.equal(a, b), k
-    assert model[1].credit == .3
+    assert model[1].running_grad == .3
     assert to_bn(to_bn(model)) is model
 
 def test_a_lazy_layer_is_a_warning_with_the_remedy():
@@ -45,12 +45,12 @@ def test_a_lazy_layer_is_a_warning_with_the_remedy():
     assert [r.status for r in surgery_report(to_runbn(model)).rows] == ['running','running']
 
 def test_a_callback_twice_is_a_warning_and_the_first_one_counts():
-    learn = make('plain', [RunBNCallback(credit=1.),RunBNCallback(credit=0.)])
+    learn = make('plain', [RunBNCallback(running_grad=1.),RunBNCallback(running_grad=0.)])
     with pytest.warns(UserWarning, match='RunBNCallback is there twice.*remove_cb'): fit(learn)
-    assert {m.credit for m in running(learn)} == {1.}
+    assert {m.running_grad for m in running(learn)} == {1.}
 
-@pytest.mark.parametrize('kw', [dict(credit=2), dict(momentum=0), dict(momentum='fast'), dict(momentum=lambda bs,M: 2.), dict(eval_window=0), dict(clamp=[-1]), dict(clamp=[float('nan')])],
-    ids=['credit 2','momentum 0','momentum a word','momentum gives 2','eval_window 0','clamp -1','clamp nan'])
+@pytest.mark.parametrize('kw', [dict(running_grad=2), dict(window=0), dict(window='long'), dict(window=lambda bs,M: 2.), dict(momentum=2), dict(eval_window=0), dict(clamp=[-1]), dict(clamp=[float('nan')])],
+    ids=['running_grad 2','window 0','window a word','window gives 2','momentum 2','eval_window 0','clamp -1','clamp nan'])
 def test_a_setting_out_of_range_is_an_error_at_once(kw):
     model = net()
     for f in (lambda: to_runbn(model, **kw), lambda: RunBNCallback(**kw), lambda: RunningBatchNorm2d(3, **kw)):
@@ -89,10 +89,10 @@ def test_wrappers_for_many_gpus_are_refused_with_the_remedy():
     untouched(model)
 
 def test_a_schedule_without_running_norms_does_no_harm():
-    learn = make('plain', RunBNSchedule(credit=lambda pos: pos))
+    learn = make('plain', RunBNSchedule(running_grad=lambda pos: pos))
     fit(learn)
     assert not running(learn) and norms(learn)
-    for bad,said in ((dict(credit=.5),'a schedule was expected'), (dict(floor='x'),'a schedule was expected')):
+    for bad,said in ((dict(running_grad=.5),'a schedule was expected'), (dict(floor='x'),'a schedule was expected')):
         with pytest.raises(TypeError, match=said): RunBNSchedule(**bad)
 
 def test_a_twin_that_is_none_is_an_error():

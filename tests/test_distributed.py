@@ -40,7 +40,7 @@ def test_windows_are_bit_equal_after_each_of_200_steps(two, mode, dtype, broadca
 @pytest.mark.parametrize('mode', ['step','layer'])
 def test_windows_of_four_are_bit_equal_after_each_of_200_steps(four, mode): four(ranked.bit_equal, mode, 200, torch.float32, True)
 
-settings = pytest.mark.parametrize('kw', [{}, LESSON10, dict(momentum=None, eval_window=None, credit=.5)], ids=['default','lesson10','cumulative'])
+settings = pytest.mark.parametrize('kw', [{}, LESSON10, dict(momentum=None, eval_window=None, running_grad=.5)], ids=['default','lesson10','cumulative'])
 
 @settings
 def test_layer_is_one_process_with_the_whole_batch(two, kw):
@@ -52,12 +52,12 @@ def test_layer_is_one_process_with_the_whole_batch(two, kw):
     same_buffers(b0, ranked.buffers(model), scale=2)
 
 @pytest.mark.parametrize('mode', ['layer','step'])
-def test_a_scheduled_momentum(two, mode):
+def test_a_scheduled_window(two, mode):
     "A tensor that changes from step to step: the pooled batch has the weight of its own step"
     (l0,b0),(l1,_) = two(ranked.as_one, mode, 10, {}, True)
     model = ranked.small()
     shared = torch.zeros((), dtype=torch.float64)
-    for m in ranked.norms(model): m.momentum = shared
+    for m in ranked.norms(model): m.window = shared
     model[0].register_forward_pre_hook(ranked.Schedule(shared))
     losses = ranked.train(model, ranked.batches(10, 4), torch.optim.SGD(model.parameters(), .05 if mode=='layer' else 0.))
     if mode=='layer':
@@ -129,7 +129,7 @@ def test_a_nan_on_one_rank_poisons_nobody(two, mode):
     for i,(x,_) in enumerate(ranked.batches(4, 4)):
         c = conv(x[:2] if i==2 else x).detach() # of the third only what rank 0 had; the batch weighs what its four samples do
         M = c.numel()//4
-        w = norm.momentum(4, M)
+        w = norm.window(4, M)
         n = (1-w)*n+w*M
         mean = mean+w*M/n*(c.mean((0,2,3))-mean)
     same(a['1.window_mean'], mean)
@@ -148,7 +148,7 @@ def test_a_dead_rank_is_an_error_and_no_broken_checkpoint(tmp_path):
         ranked.small().load_state_dict(saved)
 
 @pytest.mark.parametrize('what,said', [('number',"rank 0 has 3 running norms, rank 1 has 2: '4' is missing on rank 1"), ('names',"'4' and 1 more is missing on rank 1"), ('channels',"'8' has 24 channels on rank 0 and 25 on rank 1"),
-                                       ('setting',"'1' has credit=1.0 on rank 0 and 0.5 on rank 1"), ('mode',"rank 0 asks for 'step', rank 1 for 'layer'")])
+                                       ('setting',"'1' has running_grad=1.0 on rank 0 and 0.5 on rank 1"), ('mode',"rank 0 asks for 'step', rank 1 for 'layer'")])
 def test_ranks_that_differ_are_told_in_what(two, what, said):
     a,b = two(ranked.refused, what)
     assert a==b and said in a
@@ -285,7 +285,7 @@ w = learn.model[0].weight.detach().clone()
 all_ = [torch.empty_like(w) for _ in range(2)]
 dist.all_gather(all_, w)
 res = dict(calls=check.calls, said=said, types=[type(m).__name__ for m in learn.model if hasattr(m, 'running_mean')], same=torch.equal(*all_),
-    momentum=repr(learn.model[2].momentum), seen=learn.model[2].samples_seen.item(), batches=learn.model[2].num_batches_tracked.item())
+    window=repr(learn.model[2].window), seen=learn.model[2].samples_seen.item(), batches=learn.model[2].num_batches_tracked.item())
 Path(f'{out}/{dist.get_rank()}.json').write_text(json.dumps(res))
 del learn
 gc.collect() # a Learner and its callbacks hold each other, and with them the group, whose threads may abort in the interpreter's own end
@@ -316,7 +316,7 @@ def test_learner_in_distrib_ctx(launcher, what, tmp_path):
     assert (a['seen'],a['batches'],a['calls'])==(b['seen'],b['batches'],b['calls'])
     n = len(a['calls'])
     if what=='step':
-        assert set(a['calls'])=={1} and a['batches']==n and a['seen']==4*n and a['momentum']=='window(60, few=10)'
+        assert set(a['calls'])=={1} and a['batches']==n and a['seen']==4*n and a['window']=='SampleWindow(60, few=10)'
     if what=='accumulation':
-        assert a['calls']==[0,0,0,1]*(n//4)+[0]*(n%4) and a['batches']==n//4 and a['momentum']=='window(60, few=10)'
+        assert a['calls']==[0,0,0,1]*(n//4)+[0]*(n%4) and a['batches']==n//4 and a['window']=='SampleWindow(60, few=10)'
     if what=='layer': assert set(a['calls'])=={10}

@@ -167,12 +167,12 @@ def test_09_fits_interrupts_and_callbacks_that_come_and_go(kind):
     assert not hasattr(learn, 'run_bn')
     fit(learn)                                                           # stays converted without it
     assert len(running(learn)) == n and running(learn)[0].num_batches_tracked.item() > steps
-    learn.add_cb(RunBNCallback(credit=1.))
+    learn.add_cb(RunBNCallback(running_grad=1.))
     fit(learn)
-    assert all(m.credit==1 for m in running(learn))
-    learn.add_cb(RunBNCallback(credit=0.))
+    assert all(m.running_grad==1 for m in running(learn))
+    learn.add_cb(RunBNCallback(running_grad=0.))
     with pytest.warns(UserWarning, match='RunBNCallback is there twice'): fit(learn)
-    assert all(m.credit==1 for m in running(learn))
+    assert all(m.running_grad==1 for m in running(learn))
     late = make(kind)
     fit(late); assert not running(late)
     late.add_cb(RunBNCallback()); fit(late)
@@ -493,17 +493,17 @@ def test_23_update_bn(kind):
 def test_24_schedules_are_recorded_drawn_and_undone(kind, tmp_path):
     import matplotlib.pyplot as plt
     learn = make(kind, RunBNCallback(), path=tmp_path)
-    def sched(): return RunBNSchedule(momentum=SchedCos(.1,.02), credit=SchedLin(0,1), floor=SchedExp(.1,.001))
+    def sched(): return RunBNSchedule(window=SchedCos(20,100), running_grad=SchedLin(0,1), floor=SchedExp(.1,.001))
     learn.fit_one_cycle(2, 1e-3, cbs=[sched(),short(.05)])
     hps = learn.recorder.hps
-    assert list(hps) == ['lr','mom','runbn_momentum','runbn_credit','runbn_floor'] and len({len(v) for v in hps.values()}) == 1
-    assert hps['runbn_momentum'][0] == pytest.approx(.1) and hps['runbn_credit'] == sorted(hps['runbn_credit'])
-    learn.recorder.plot_sched(); assert [a.get_ylabel() for a in plt.gcf().axes][2:5] == ['runbn_momentum','runbn_credit','runbn_floor']; plt.close('all')
+    assert list(hps) == ['lr','mom','runbn_window','runbn_running_grad','runbn_floor'] and len({len(v) for v in hps.values()}) == 1
+    assert hps['runbn_window'][0] == pytest.approx(20) and hps['runbn_running_grad'] == sorted(hps['runbn_running_grad'])
+    learn.recorder.plot_sched(); assert [a.get_ylabel() for a in plt.gcf().axes][2:5] == ['runbn_window','runbn_running_grad','runbn_floor']; plt.close('all')
     want = runbn_settings()
-    def restored(): return all(m.settings()==want and not torch.is_tensor(m.credit) and m.clamp_floor.shape==(21,) for m in running(learn))
+    def restored(): return all(m.settings()==want and not torch.is_tensor(m.running_grad) and m.clamp_floor.shape==(21,) for m in running(learn))
     assert restored()
     fit(learn, cbs=[sched()])                                            # a fit without a ParamScheduler
-    assert set(learn.recorder.hps) == {'runbn_momentum','runbn_credit','runbn_floor'} and restored()
+    assert set(learn.recorder.hps) == {'runbn_window','runbn_running_grad','runbn_floor'} and restored()
     learn.add_cb(sched())
     learn.lr_find(num_it=10, show_plot=False, suggest_funcs=())
     assert restored()
@@ -521,22 +521,22 @@ def test_24_schedules_are_recorded_drawn_and_undone(kind, tmp_path):
     fit(learn)                                                           # RunBNCallback undoes it where the schedule is gone
     assert restored()
 
-def test_24_a_schedule_of_momentum_goes_before_the_accumulated_window():
+def test_24_a_schedule_of_the_window_goes_before_the_accumulated_window():
     learn = make('plain', RunBNCallback())
-    fit(learn, n=3, cbs=[GradientAccumulation(64),RunBNSchedule(momentum=SchedCos(.1,.02))], pct=.1)
-    hps = learn.recorder.hps['runbn_momentum']
+    fit(learn, n=3, cbs=[GradientAccumulation(64),RunBNSchedule(window=SchedCos(20,100))], pct=.1)
+    hps = learn.recorder.hps['runbn_window']
     assert hps[0] == pytest.approx(.1) and hps == sorted(hps, reverse=True) and hps[-1] < .05
     seen = []
     class Look(Callback):
-        def after_batch(self): seen.append(torch.is_tensor(running(self)[0].momentum)) if self.training else None
-    fit(learn, n=3, cbs=[GradientAccumulation(64),RunBNSchedule(momentum=SchedCos(.1,.02)),Look()], pct=.1)
+        def after_batch(self): seen.append(torch.is_tensor(running(self)[0].window)) if self.training else None
+    fit(learn, n=3, cbs=[GradientAccumulation(64),RunBNSchedule(window=SchedCos(20,100)),Look()], pct=.1)
     assert len(seen) > 6 and all(seen)
 
 @two
 def test_25_run_bn_no_shadowing_and_light_imports(kind):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        learn = make(kind, [RunBNCallback(),RunBNSchedule(credit=SchedLin(0,1))])
+        learn = make(kind, [RunBNCallback(),RunBNSchedule(running_grad=SchedLin(0,1))])
         fit(learn)
     assert isinstance(learn.run_bn, RunBNCallback) and not [w for w in caught if 'shadow' in str(w.message).lower()]
     code = "import sys,fastai.basics; before=set(sys.modules); import fastai_runbn.all; print([m for m in ('timm','accelerate','onnx','hypothesis') if m in sys.modules])"

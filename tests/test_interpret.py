@@ -4,7 +4,8 @@ import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
 from torch import nn
 from fastai_runbn.all import RunBNCallback,RunBNInterpretation,RunBNRecorder,to_runbn
-from fastai_runbn.moments import window
+from fastai_runbn.layers import default_window
+from fastai_runbn.moments import lesson10_weight
 from learners import assert_same,fit,make,running,trained_stats
 
 @pytest.fixture(autouse=True)
@@ -93,19 +94,16 @@ def test_without_data_or_norms():
     with pytest.raises(ValueError, match='neither running norms nor BatchNorm'): interp.compare({'x':nn.Linear(2,2)}, dl=[torch.randn(4,2)], bs=2)
     with pytest.raises(ValueError, match='one to 6 learners'): interp.compare({})
 
-def test_table_of_a_loaded_checkpoint_and_of_a_cumulative_window():
+def test_table_of_a_loaded_checkpoint():
     net = to_runbn(nn.Sequential(nn.BatchNorm1d(3)))
     net.load_state_dict({**net.state_dict(), '0.num_batches_tracked':torch.tensor(50)})
     assert RunBNInterpretation(net, bs=2).table().rho.isna().all()              # of a window of unknown size
-    net = to_runbn(nn.Sequential(nn.BatchNorm1d(3)), momentum=None)
-    for _ in range(9): net(torch.randn(2,3))
-    assert RunBNInterpretation(net, bs=2).table().rho.item() == pytest.approx(1/10)
 
 def test_rho_is_what_the_next_batch_gets():
-    for momentum,trained in ((.1,False),(.03,False),(.1,True),(None,False),(window(60, few=10),False),(window(60, few=10),True)):
+    for window,trained in ((20,False),(lesson10_weight,False),(20,True),(default_window,False),(default_window,True)):
         net = nn.Sequential(nn.BatchNorm1d(3)).double()
         if trained: net[0].running_mean.fill_(1)                                # without `num_batches_tracked`
-        to_runbn(net, momentum=momentum)
+        to_runbn(net, window=window)
         if trained: net(torch.randn(2,3,4).double())
         for t in range(12):
             rho,old = RunBNInterpretation(net, bs=2).table().rho.item(),net[0].window_mean.clone()

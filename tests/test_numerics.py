@@ -41,7 +41,7 @@ def test_large_means(bs, ratio):
     for _ in range(100):
         x = torch.randn(bs,16,16,16)+ratio
         with torch.no_grad(): worst = max(worst, relative(layer(x).double(), exact(x.double())))
-    longer = max(1, (.1/layer.momentum(bs))**.5)                        # roundings of the mean add up over the window's batches, from ten of them on
+    longer = max(1, (.1/layer.window(bs))**.5)                        # roundings of the mean add up over the window's batches, from ten of them on
     assert worst < max(1e-6, 1e-7*ratio)*longer                         # 1e-3 at 1e4
     x = torch.randn(32,16,16,16)+ratio
     assert relative(layer.eval()(x).double(), exact.eval()(x.double())) < 1e-3*longer

@@ -51,7 +51,7 @@ def steps(layers, n=30, C=5, space=(6,4), dtype=torch.float64, fmt=torch.contigu
 def same(a, b, tol=1e-9):
     for p,q in zip(a, b, strict=True): torch.testing.assert_close(p, q, rtol=tol, atol=tol)
 
-all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None, credit=1., clamp=None)], ids=['default','lesson10','cumulative'])
+all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None, running_grad=1., clamp=None)], ids=['default','lesson10','cumulative'])
 
 @all_settings
 @pytest.mark.parametrize('fmt', formats)
@@ -89,12 +89,12 @@ def test_compiled_is_plain(settings, fmt):
 @needs_compiler
 def test_compiled_in_a_schedule_a_bad_batch_and_twice_backward():
     plain,compiled = layers = [RunningBatchNorm2d(5, dtype=torch.float64, backend=b) for b in ('plain','compiled')]
-    for k,credit in enumerate((.5,.5,torch.tensor(.25, dtype=torch.float64),torch.tensor(.75, dtype=torch.float64))):
+    for k,running_grad in enumerate((.5,.5,torch.tensor(.25, dtype=torch.float64),torch.tensor(.75, dtype=torch.float64))):
         x = torch.randn(3,5,4,6).double()
         if k==1: x[0,2,1,1] = float('nan')
         got = []
         for l in layers:
-            l.credit = credit
+            l.running_grad = running_grad
             xr = x.clone().requires_grad_()
             y = l(xr)
             got.append([torch.autograd.grad((y**3).sum(), xr, retain_graph=True)[0] for _ in range(2)])
@@ -163,7 +163,7 @@ def test_how_many_operators(space, fmt, most):
     with Count() as count: layer(x).backward(dy)
     assert len(count.names)==most, count.names
 
-@pytest.mark.parametrize('layer', [RunningBatchNorm2d(4),RunningBatchNorm2d(4, credit=0., affine=False)], ids=['default','lean'])
+@pytest.mark.parametrize('layer', [RunningBatchNorm2d(4),RunningBatchNorm2d(4, running_grad=0., affine=False)], ids=['default','lean'])
 def test_saved_for_backward_are_x_and_numbers_per_channel(layer):
     saved = []
     x = torch.randn(2,4,32,32, requires_grad=True)

@@ -26,7 +26,7 @@ def test_20000_steps():
         h = seen.pop()
         oracle.step(h, torch.zeros_like(h))
         if step%look==0:
-            mean,var = oracle.window()
+            mean,var = oracle.statistics()
             off = (norm.window_mean.double().numpy()-mean)/np.sqrt(var),norm.window_var.double().numpy()/var-1
             drift = max(drift, *(np.abs(o).max() for o in off))
             gc.collect()

@@ -1,0 +1,129 @@
+"Several backwards of one forward are one backward of the sum: gradients and the running gradient, in every path"
+import shutil
+from copy import deepcopy
+import pytest,torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from fastai_runbn import functional
+from fastai_runbn.layers import RunningBatchNorm2d
+
+needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
+bounds = {torch.float32:1e-6, torch.float64:1e-12}
+
+def net(backend='auto', dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    def norm(): return RunningBatchNorm2d(6, backend=backend, **settings)
+    return nn.Sequential(nn.Conv2d(3,6,3), norm(), nn.ReLU(), nn.Conv2d(6,6,3), norm(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6,3)).to(dtype)
+
+def losses(out): return out[:,0].square().mean(),(out[:,1]-1).abs().mean(),(out[:,2]**3).mean()
+
+def backwards(ls): [l.backward(retain_graph=l is not ls[-1]) for l in ls]
+def grads_of_tasks(ls, params):
+    "As PCGrad takes them: a gradient a task, and then their sum"
+    each = [torch.autograd.grad(l, params, retain_graph=l is not ls[-1]) for l in ls]
+    for p,*gs in zip(params, *each): p.grad = sum(gs)
+
+def vector(m): return torch.cat([p.grad.flatten() for p in m.parameters()])
+def running(m): return torch.cat([n.window_grad.flatten() for n in m.modules() if isinstance(n, RunningBatchNorm2d)])
+def off(a, b): return ((a-b).norm()/b.norm()).item()
+
+def check(make, forward=lambda m, x: m(x), steps=60, dtype=torch.float64, how='two', bs=2):
+    "`steps` of twins: one has several backwards, the other one of the sum"
+    several,once = make(),make()
+    once.load_state_dict(several.state_dict())
+    worst = 0.
+    for _ in range(steps):
+        x = torch.randn(bs,3,9,9, dtype=dtype)
+        ls,whole = losses(forward(several, x)),losses(forward(once, x))
+        n = 3 if how=='three' else 2
+        for m in (several,once): m.zero_grad()
+        if how=='tasks': grads_of_tasks(ls[:n], list(several.parameters()))
+        else: backwards(ls[:n])
+        sum(whole[:n]).backward()
+        worst = max(worst, off(vector(several), vector(once)), off(running(several), running(once)))
+    assert worst<bounds[dtype], worst
+
+@pytest.mark.parametrize('dtype', bounds, ids=str)
+@pytest.mark.parametrize('how', ['two','three','tasks'])
+@pytest.mark.parametrize('path', ['plain','aten','aten, as large maps'])
+def test_several_backwards(path, how, dtype, monkeypatch):
+    if path.endswith('maps'): monkeypatch.setattr(functional, '_small', 0)
+    check(lambda: net(path.split(',')[0], dtype), how=how, dtype=dtype)
+
+@pytest.mark.parametrize('settings', [dict(running_grad=.5), dict(running_grad=0.), dict(clamp=[9.]*200), dict(window=3)], ids=str)
+def test_with_other_settings(settings): check(lambda: net(**settings), how='three')
+
+@needs_compiler
+@pytest.mark.parametrize('how', ['two','tasks'])
+def test_by_inductor(how): check(lambda: net('compiled'), how=how)
+
+@pytest.mark.parametrize('reentrant', [True,False], ids=['reentrant','not reentrant'])
+@pytest.mark.parametrize('how', ['two','three'])
+def test_checkpointed(how, reentrant):
+    check(net, lambda m, x: m[5:](checkpoint(m[:5], x.requires_grad_(), use_reentrant=reentrant)), how=how)
+
+def test_a_debt_that_is_found_again_on_the_device(monkeypatch):
+    "As on a GPU, where no one looks which of the last forwards is the one that is done again"
+    from fastai_runbn import layers
+    recall = layers._recall
+    def on_device(x, recent):
+        stats,debts = recall(x, recent),[s.debt for _,s in recent]
+        return stats._replace(debt=layers._Recalled(debts, torch.tensor([debts.index(stats.debt)])))
+    monkeypatch.setattr(layers, '_recall', on_device)
+    check(net, lambda m, x: m[5:](checkpoint(m[:5], x.requires_grad_(), use_reentrant=True)), how='three', steps=20)
+
+@needs_compiler
+def test_compiled_as_a_whole():
+    "Two backwards take a graph that keeps its memory: PyTorch says which switch, where it does not"
+    torch._dynamo.reset()
+    compiled = {}
+    def forward(m, x):
+        if m not in compiled: compiled[m] = torch.compile(m)
+        return compiled[m](x)
+    with torch._functorch.config.patch(donated_buffer=False): check(net, forward, steps=20)
+
+def test_part_of_the_outputs():
+    "Each sample's loss by itself, in any order"
+    several,once = net(),net()
+    for _ in range(20):
+        x = torch.randn(4,3,9,9).double()
+        for m in (several,once): m.zero_grad()
+        out,whole = several(x),once(x)
+        for i in (2,0,3,1): out[i].square().sum().backward(retain_graph=True)
+        whole.square().sum().backward()
+        assert off(vector(several), vector(once))<1e-12 and off(running(several), running(once))<1e-12
+
+def test_forwards_and_backwards_in_any_order():
+    "Debts are of forwards: three of them, each with two backwards, mixed"
+    m = RunningBatchNorm2d(3, dtype=torch.float64)
+    for _ in range(9): (m(torch.randn(2,3,5,5).double().requires_grad_())**3).sum().backward()
+    xs = [torch.randn(2,3,5,5).double().requires_grad_() for _ in range(3)]
+    ys = [m(x) for x in xs]
+    left = m.window_grad.clone()
+    rhos = [y.grad_fn.saved_tensors[4] for y in ys]
+    def g(y): return torch.stack(((3*y**2).sum((0,2,3)), (3*y**3).sum((0,2,3)))).detach()/50
+    for i,(k,first) in enumerate(((1,True),(0,True),(1,False),(2,True),(0,False),(2,False))):
+        (ys[k]**3).sum().backward(retain_graph=True)
+        left = left*(1-rhos[k] if first else 1)+rhos[k]*g(ys[k])
+        torch.testing.assert_close(m.window_grad, left, rtol=1e-12, atol=1e-12)
+
+def test_a_forward_without_a_backward_owes_nothing():
+    m = RunningBatchNorm2d(3)
+    (m(torch.randn(2,3,5,5).requires_grad_())**3).sum().backward()
+    before = m.window_grad.clone()
+    for _ in range(5): m(torch.randn(2,3,5,5))
+    assert torch.equal(m.window_grad, before)
+
+@needs_compiler
+def test_compiled_forwards_before_their_backwards():
+    "What is owed is paid from the running gradient as it is in the backward, not as it was in the forward"
+    torch._dynamo.reset()
+    eager = net()
+    twin = deepcopy(eager)
+    compiled = torch.compile(twin)
+    for _ in range(5):
+        xs = [torch.randn(2,3,9,9).double() for _ in range(3)]
+        for m,f in ((eager,eager), (twin,compiled)):
+            m.zero_grad()
+            for l in [f(x).square().sum() for x in xs]: l.backward()
+        assert off(vector(twin), vector(eager))<1e-9 and off(running(twin), running(eager))<1e-9
