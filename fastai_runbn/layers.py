@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['backends', 'default_window', 'LESSON10', 'window_buffers', 'RunningBatchNorm', 'runbn_settings',
-           'RunningBatchNormMixin', 'RunningBatchNorm1d', 'RunningBatchNorm2d', 'RunningBatchNorm3d',
-           'RunningSyncBatchNorm', 'watch_replacements', 'running_norms', 'set_batch_size', 'follow_scaler']
+           'RunningBatchNormMixin', 'watch_replacements', 'RunningBatchNorm1d', 'RunningBatchNorm2d',
+           'RunningBatchNorm3d', 'RunningSyncBatchNorm', 'running_norms', 'set_batch_size', 'follow_scaler']
 
 # %% ../nbs/03_layers.ipynb #660aa815
 import math,warnings
@@ -351,31 +351,6 @@ def _statistics(self:RunningBatchNormMixin, x, path, again, sync=None):
     vars(self)['last_batch'] = x.shape[0],bs,M
     return stats,clamped,path,y
 
-# %% ../nbs/03_layers.ipynb #1331db29
-class RunningBatchNorm1d(RunningBatchNormMixin, nn.BatchNorm1d): "Running batch norm for `(N,C)` and `(N,C,L)`; as `RunningBatchNorm2d`"
-class RunningBatchNorm2d(RunningBatchNormMixin, nn.BatchNorm2d): "Running batch norm for `(N,C,H,W)`: `nn.BatchNorm2d` that normalises with a window of recent batches"
-class RunningBatchNorm3d(RunningBatchNormMixin, nn.BatchNorm3d): "Running batch norm for `(N,C,D,H,W)`; as `RunningBatchNorm2d`"
-RunningBatchNorm = RunningBatchNorm2d
-
-# %% ../nbs/03_layers.ipynb #c2fa2f18
-class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process, unless `sync_window` has it shared"
-
-# %% ../nbs/03_layers.ipynb #32347bdd
-def _act_forward(self, x):
-    "Normalise as a running norm does, then drop and activate as timm's layer does"
-    return self.act(self.drop(RunningBatchNorm2d.forward(self, x)))
-
-_elsewhere = dict(RunningBatchNormAct2d=('timm.layers.norm_act','BatchNormAct2d',RunningBatchNorm2d,dict(forward=_act_forward)),
-    RunningSyncBatchNormAct=('timm.layers.norm_act','SyncBatchNormAct',RunningSyncBatchNorm,{}),
-    RunningBatchNorm1dFlat=('fastai.layers','BatchNorm1dFlat',RunningBatchNorm1d,{}))
-
-def __getattr__(name):
-    "The twin of a layer of another library, made when it is first asked for"
-    if name not in _elsewhere: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module,old,running,members = _elsewhere[name]
-    globals()[name] = twin = type(name, (getattr(import_module(module), old), running), dict(members, __module__=__name__, __doc__=f"`{module}.{old}` as a running norm"))
-    return twin
-
 # %% ../nbs/03_layers.ipynb #7a1c0e01
 def _keeps_statistics(m): return getattr(m, 'running_mean', None) is not None
 
@@ -398,6 +373,35 @@ _watching = []
 def watch_replacements():
     "Have PyTorch ask `_on_replacement` about modules that are put into others, from the first running norm on"
     if not _watching: _watching.append(nn.modules.module.register_module_module_registration_hook(_on_replacement))
+
+# %% ../nbs/03_layers.ipynb #1331db29
+class RunningBatchNorm1d(RunningBatchNormMixin, nn.BatchNorm1d): "Running batch norm for `(N,C)` and `(N,C,L)`; as `RunningBatchNorm2d`"
+class RunningBatchNorm2d(RunningBatchNormMixin, nn.BatchNorm2d): "Running batch norm for `(N,C,H,W)`: `nn.BatchNorm2d` that normalises with a window of recent batches"
+class RunningBatchNorm3d(RunningBatchNormMixin, nn.BatchNorm3d): "Running batch norm for `(N,C,D,H,W)`; as `RunningBatchNorm2d`"
+RunningBatchNorm = RunningBatchNorm2d
+
+# %% ../nbs/03_layers.ipynb #c2fa2f18
+class RunningSyncBatchNorm(RunningBatchNormMixin, nn.SyncBatchNorm): "Running batch norm in the place of `nn.SyncBatchNorm`, for `(N,C,*)`; the window is that of this process, unless `sync_window` has it shared"
+
+# %% ../nbs/03_layers.ipynb #32347bdd
+def _act_forward(self, x):
+    "Normalise as a running norm does, then drop and activate as timm's layer does"
+    return self.act(self.drop(RunningBatchNorm2d.forward(self, x)))
+
+def _act_init(self, num_features, eps=1e-5, momentum=auto_momentum, *args, **kwargs):
+    "As timm's layer, whose default of .1 would be a momentum that somebody has set"
+    import_module('timm.layers.norm_act').BatchNormAct2d.__init__(self, num_features, eps, momentum, *args, **kwargs)
+
+_elsewhere = dict(RunningBatchNormAct2d=('timm.layers.norm_act','BatchNormAct2d',RunningBatchNorm2d,dict(__init__=_act_init, forward=_act_forward)),
+    RunningSyncBatchNormAct=('timm.layers.norm_act','SyncBatchNormAct',RunningSyncBatchNorm,{}),
+    RunningBatchNorm1dFlat=('fastai.layers','BatchNorm1dFlat',RunningBatchNorm1d,{}))
+
+def __getattr__(name):
+    "The twin of a layer of another library, made when it is first asked for"
+    if name not in _elsewhere: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module,old,running,members = _elsewhere[name]
+    globals()[name] = twin = type(name, (getattr(import_module(module), old), running), dict(members, __module__=__name__, __doc__=f"`{module}.{old}` as a running norm"))
+    return twin
 
 # %% ../nbs/03_layers.ipynb #7a1c0e02
 def running_norms(

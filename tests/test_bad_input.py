@@ -3,7 +3,8 @@ import warnings
 from copy import deepcopy
 import pytest,torch
 from torch import nn
-from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNorm2d,RunningBatchNormMixin,register_norm,surgery_report,to_bn,to_runbn
+from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNorm2d,register_norm,surgery_report,to_bn,to_runbn
+from fastai_runbn.layers import RunningBatchNormMixin
 from learners import fit,make,norms,running
 
 def net(): return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,4,3), nn.BatchNorm2d(4))

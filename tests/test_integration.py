@@ -12,7 +12,8 @@ from torch.nn.utils.parametrize import register_parametrization
 from torchvision.ops import FrozenBatchNorm2d
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint_sequential
-from fastai_runbn.all import RunBNCallback,RunBNSchedule,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
+from fastai_runbn.all import RunBNCallback,RunBNSchedule,surgery_report,to_bn,to_runbn
+from fastai_runbn.layers import RunningBatchNormMixin,runbn_settings
 from fastai_runbn.bench.families import families,there_and_back
 from fastai_runbn.bench.tasks import digits_dls
 from learners import assert_same,fit,five,make,norms,running,short,state,trained_stats

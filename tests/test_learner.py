@@ -4,7 +4,8 @@ import pytest,torch
 from torch import nn
 from torchvision.models import resnet18
 from fastai.vision.all import Adam,Callback,GradientAccumulation,Learner,SGD,ShortEpochCallback,accuracy,set_seed,vision_learner
-from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,RunningBatchNormMixin,runbn_settings,surgery_report,to_bn,to_runbn
+from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,surgery_report,to_bn,to_runbn
+from fastai_runbn.layers import RunningBatchNormMixin,runbn_settings
 from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
 from fastai_runbn.callback import FilterMeans
 from fastai_runbn.cli import train_digits
