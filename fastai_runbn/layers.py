@@ -137,24 +137,30 @@ def seed_window(self:RunningBatchNormMixin,
     seeds = dict(window_mean=mean, window_var=var, known_mean=mean, known_var=var, window_count=torch.where(trained, -1., 0.),
         eval_steps=torch.where(batches>0, batches, torch.where(trained, _full_steps, 0.))+head_start,
         samples_seen=torch.where(trained, 2**40, 0), skipped_batches=0)
-    if not torch.compiler.is_compiling(): seeds['clamp_floor'] = _floors((*self.clamp,0.), self.clamp_floor.dtype, self.clamp_floor.device)
+    if where is None or type(self.clamp_floor) is Tensor and not torch.compiler.is_compiling(): seeds['clamp_floor'] = _floors(self.clamp, self.clamp_floor)
     for name,value in seeds.items():
         old = self._buffers[name]
         if where is not None: value = torch.where(where, value, old)
         old.copy_(value) if torch.is_tensor(value) else old.fill_(value)
     if where is None: self._recent.clear()
 
+def _floors(clamp, like):
+    "`clamp`, and 0 after its end, where `like` is"
+    return _floors_once(clamp, like.dtype, like.device) if type(like) is Tensor else like.new_tensor((*clamp,0.))
+
 @lru_cache(maxsize=256)
-def _floors(clamp, dtype, device):
-    with torch.inference_mode(False): return torch.tensor(clamp, dtype=dtype, device=device)
+def _floors_once(clamp, dtype, device):
+    with torch.inference_mode(False): return torch.tensor((*clamp,0.), dtype=dtype, device=device)
 
 @patch
 @torch.no_grad()
-def refresh_window(self:RunningBatchNormMixin):
+def refresh_window(self:RunningBatchNormMixin,
+    look:bool=True, # May values be looked at, on a CPU, to do nothing where nothing was changed?
+):
     "Seed the window anew where `running_mean` or `running_var` are not what this layer last wrote: loaded, copied, averaged or set by others"
     now,known = (self.running_mean,self.running_var),(self.known_mean,self.known_var)
     if any(a.shape!=b.shape or a.dtype!=b.dtype or a.device!=b.device for a,b in zip(now, known)): return self._make_window()
-    if torch.compiler.is_compiling() or not now[0].is_cpu: self.seed_window((now[0]!=known[0]).any() | (now[1]!=known[1]).any())
+    if not look or torch.compiler.is_compiling() or not now[0].is_cpu: self.seed_window((now[0]!=known[0]).any() | (now[1]!=known[1]).any())
     elif not all(map(torch.equal, now, known)): self.seed_window()
 
 # %% ../nbs/03_layers.ipynb #951d64f0
@@ -204,7 +210,7 @@ def __getstate__(self:RunningBatchNormMixin):
 def set_settings(self:RunningBatchNormMixin, **settings):
     "Change some settings (of `runbn_settings`); the others, the window and the statistics stay"
     vars(self).update(runbn_settings(**{**self.settings(), **settings}))
-    self.clamp_floor = self.clamp_floor.new_tensor((*self.clamp,0.))
+    self.clamp_floor = _floors(self.clamp, self.clamp_floor).clone()
     if self.persistent_window: self._non_persistent_buffers_set -= set(window_buffers)
     else:                      self._non_persistent_buffers_set |= set(window_buffers)
 
@@ -231,12 +237,12 @@ class _Recalled:
         for d,left in zip(self.debts, unpaid.index_fill(0, self.i, 0).unbind()): d.unpaid = left
         return was
 
-def _recall(x, recent):
+def _recall(x, recent, look=True):
     "What `x` was normalised with: among `recent`, `(batch moments, Statistics)` each, those of the batch most like it"
     m,v,_ = batch_moments(x)
     off = [torch.stack(b).nan_to_num(1e30, 2e30, -2e30) for b in (*[b for b,_ in recent],(m,v))] # a batch that is not finite is near to none but itself
     nearest = (torch.stack(off[:-1])-off[-1]).abs().sum((1,2)).argmin(0, keepdim=True)
-    if x.is_cpu: return recent[nearest.item()][1]
+    if look and x.is_cpu: return recent[nearest.item()][1]
     stats = torch.stack([torch.stack(s[:-1]) for _,s in recent]).index_select(0, nearest)[0].unbind()
     return Statistics(*stats, _Recalled([s.debt for _,s in recent], nearest))
 
@@ -287,7 +293,7 @@ def _normalized(self:RunningBatchNormMixin, x, sync=None):
     if x.shape[1]!=self.num_features: raise RuntimeError(f"{type(self).__name__} of {self.num_features} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
         again = self._is_recomputed()
-        if sync is None and not again: self.refresh_window()
+        if sync is None and not again: self.refresh_window(self.backend!='plain')
         path = choose_path(x, self.window_mean, self.backend) if sync is None else sync.path(self, x)
         stats,clamped,path,y = self._statistics(x.detach(), path, again, sync)
         share,grad,pool = (self._trusted(x),self.window_grad,None) if sync is None else sync.gradient(self, x)
@@ -326,7 +332,7 @@ def _statistics(self:RunningBatchNormMixin, x, path, again, sync=None):
     eager = not torch.compiler.is_compiling()
     if eager:
         if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
-        if again: return _recall(x, self._recent),True,choose_path(x, self.window_mean),None
+        if again: return _recall(x, self._recent, self.backend!='plain'),True,choose_path(x, self.window_mean),None
     bs,M,state = self._samples(x),x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
     sizes,of_users = _as_tensors(state.mean, bs, M),callable(self.window) and not isinstance(self.window, SampleWindow) and self.window is not lesson10_weight
     a = window_weight(self.window, *((bs,M) if of_users else sizes))

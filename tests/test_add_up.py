@@ -66,7 +66,7 @@ def test_a_debt_that_is_found_again_on_the_device(monkeypatch):
     "As on a GPU, where no one looks which of the last forwards is the one that is done again"
     from fastai_runbn import layers
     recall = layers._recall
-    def on_device(x, recent):
+    def on_device(x, recent, look):
         stats,debts = recall(x, recent),[s.debt for _,s in recent]
         return stats._replace(debt=layers._Recalled(debts, torch.tensor([debts.index(stats.debt)])))
     monkeypatch.setattr(layers, '_recall', on_device)

@@ -96,7 +96,7 @@ def test_without_data_or_norms():
 
 def test_table_of_a_loaded_checkpoint():
     net = to_runbn(nn.Sequential(nn.BatchNorm1d(3)))
-    net.load_state_dict({**net.state_dict(), '0.num_batches_tracked':torch.tensor(50)})
+    net.load_state_dict({**net.state_dict(), '0.num_batches_tracked':torch.tensor(50), '0.running_mean':torch.ones(3)})
     assert RunBNInterpretation(net, bs=2).table().rho.isna().all()              # of a window of unknown size
 
 def test_rho_is_what_the_next_batch_gets():
