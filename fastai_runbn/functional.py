@@ -154,9 +154,9 @@ class State(NamedTuple):
     batches:Tensor  # Batches, scalar
     seen:Tensor     # Samples, `(1,)`
     skipped:Tensor  # Batches that were left out of a channel, scalar
-    known_mean:Tensor # `avg_mean` as last written `(C,)`
-    known_var:Tensor # `avg_var` as last written `(C,)`
     floors:Tensor   # Least variance by samples seen, the last one for ever, `(n+1,)`
+    known_mean:Tensor=None # `avg_mean` as last written, `(C,)`, where that is kept
+    known_var:Tensor=None  # `avg_var` as last written
 
 def count_batch(
     m:Tensor, # Mean of the batch `(C,)`
@@ -186,7 +186,7 @@ def count_batch(
     floor = s.floors.index_select(0, (s.seen+bs if inclusive else s.seen).clamp(max=len(s.floors)-1)) if clamped else None
     if update:
         torch._foreach_add_((s.batches,s.seen), (1,bs))
-        torch._foreach_copy_((s.known_mean,s.known_var), (s.avg_mean,s.avg_var))
+        if s.known_mean is not None: torch._foreach_copy_((s.known_mean,s.known_var), (s.avg_mean,s.avg_var))
     return _above(m, v, mean, var, rho, floor, eps, clipped)
 
 # %% ../nbs/02_functional.ipynb #60814e80

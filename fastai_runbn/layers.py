@@ -252,7 +252,7 @@ _no_functorch = ("{} in training mode updates its window, which `torch.func` tra
 
 # %% ../nbs/03_layers.ipynb #5110cb5e
 _state = ('window_mean','window_var','window_count','running_mean','running_var','eval_steps','num_batches_tracked','samples_seen','skipped_batches',
-    'known_mean','known_var','clamp_floor') # as `State` has them
+    'clamp_floor','known_mean','known_var') # as `State` has them
 
 @patch
 def _clamped(self:RunningBatchNormMixin, path):

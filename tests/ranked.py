@@ -8,6 +8,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint_sequential
 from fastai_runbn.distributed import sync_window
+from fastai_runbn.moments import auto_momentum
 from fastai_runbn.surgery import to_bn,to_runbn
 from fastai_runbn.layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d
 
@@ -57,7 +58,7 @@ def bit_equal(rank, world, mode, steps, dtype, broadcast, bs=2, kw={}):
 class Schedule:
     "A pre-hook that sets `t` anew for each forward, as `RunBNSchedule` does"
     def __init__(self, t): self.t,self.n = t,0
-    def __call__(self, *_): self.t.fill_(.5-.01*self.n); self.n += 1
+    def __call__(self, *_): self.t.fill_(20.-self.n); self.n += 1
 
 def as_one(rank, world, mode, steps, kw, scheduled=False):
     "Losses and the window of ranks that have two samples of each batch"
@@ -297,15 +298,21 @@ def twice(rank, world):
     torch.testing.assert_close(model[1].window_var, c.var((0,2,3), correction=0), rtol=1e-10, atol=1e-10)
 
 def again(rank, world, mode, times):
-    "The window after `times` backwards on one graph"
+    "Gradients and windows after `times` backwards of each forward, of as many parts of the loss"
     model = small()
     sync = sync_window(model, mode)
-    for x,y in batches(3, 2*world):
-        loss = nn.functional.cross_entropy(model(share_of(rank, world, x)), share_of(rank, world, y))
-        for _ in range(times): loss.backward(retain_graph=True)
+    grads = []
+    for x,y in batches(12, 2*world):
+        out = model(share_of(rank, world, x))
+        losses = nn.functional.cross_entropy(out, share_of(rank, world, y)),out.square().mean(),out[0].sum()
+        model.zero_grad()
+        if times==1: sum(losses).backward()
+        else:
+            for l in losses: l.backward(retain_graph=True)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     sync.settle()
     equal_on_all(model)
-    return buffers(model)
+    return torch.stack(grads),buffers(model)
 
 def checkpointed(rank, world, mode, reentrant):
     "Windows of a model whose activations are checkpointed, `reentrant` or not (`None`: not checkpointed)"
@@ -370,3 +377,25 @@ def plain_ddp(rank, world):
     losses = train(net, data, torch.optim.SGD(net.parameters(), .05))
     sync.settle()
     return losses,buffers(model)
+
+def held_and_copied(rank, world, mode):
+    "What moves in forwards with momentum 0; and where windows go when others copy statistics into a model while a collective may be on its way"
+    model = small()
+    sync = sync_window(model, mode)
+    data = batches(12, 2*world)
+    def step(x, y): nn.functional.cross_entropy(model(share_of(rank, world, x)), share_of(rank, world, y)).backward()
+    for x,y in data[:6]: step(x, y)
+    sync.settle()
+    before = buffers(model)
+    for m in norms(model): m.momentum = 0
+    for x,y in data[6:8]: step(x*3, y)
+    sync.settle()
+    moved = [k for k,b in buffers(model).items() if not torch.equal(b, before[k])]
+    for m in norms(model): m.momentum = auto_momentum
+    step(*data[8])
+    for m in norms(model)[:1]: # one layer's statistics, not those of the others
+        m.running_mean.fill_(5.); m.running_var.fill_(2.)
+    for x,y in data[9:10]: step(x, y)
+    sync.settle()
+    equal_on_all(model)
+    return moved,norms(model)[0].window_mean,[m.samples_seen.item() for m in norms(model)]
