@@ -709,6 +709,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_runbn.layers._act_init': ('layers.html#_act_init', 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers._as_tensors': ('layers.html#_as_tensors', 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers._floors': ('layers.html#_floors', 'fastai_runbn/layers.py'),
+                                     'fastai_runbn.layers._floors_once': ('layers.html#_floors_once', 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers._keeps_statistics': ('layers.html#_keeps_statistics', 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers._on_replacement': ('layers.html#_on_replacement', 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers._recall': ('layers.html#_recall', 'fastai_runbn/layers.py'),

@@ -173,6 +173,7 @@ def merge(self:_Pack, old, sums, head, rules):
     steps = old.steps+1
     share,fixed = self.fixed_shares(rules, average_share(steps-head_start, a_e, rho), old)
     avg = merge_moments(old.avg_mean, old.avg_var, m, v, share)
+    if fixed is not None: avg = avg[0],torch.where(fixed, torch.lerp(old.avg_var, v*n/(n-1).clamp(min=1), share), avg[1]) # BatchNorm's: unbiased, and without the spread between batches
     if alike is not None: avg = torch.where(alike if fixed is None else alike&~fixed, torch.stack((mean,var)), torch.stack(avg))
     ok = (n>0) & (var<math.inf)
     new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))

@@ -92,7 +92,7 @@ def merge_batch(
     vars:tuple, # Their biased variances
     counts:tuple, # The window's count $n$, and $t+k$ of the average (of `average_share`)
     look:bool=False, # May values be looked at, to do less where all are finite? On a GPU it would have to wait
-    fixed:float|Tensor=None, # Weight in the average from the first batch on, a number or `(C,)`
+    fixed:float|Tensor=None, # BatchNorm's momentum, where it was set: weight in the average from the first batch on, a number or `(C,)`
     update:bool=True, # Update the state? If not, this is what it would be
 )->tuple: # The window's new mean and variance, the batch's share $\rho$ in it, and where it was merged, `(C,)` each; `None`: everywhere
     r"Merge a batch into a window and an average, both at once; a channel that is not finite, or would become so, stays out, with $\rho=0$"
@@ -100,7 +100,9 @@ def merge_batch(
     old = torch.stack((*means,*vars,*counts)).view(3, len(means), -1)
     mean,var,count = old.unbind()
     count,share = _shares(count, M, a, a_e, fixed)
+    plain_var = None if fixed is None else torch.lerp(var[1], v*(M/(M-1)) if M>1 else v, share[1]) # BatchNorm's: unbiased, and without the spread between batches
     mean,var = merge_moments(mean, var, m, v, share)
+    if fixed is not None: var = torch.stack((var[0], plain_var))
     if look and math.isfinite(var.sum().item()):
         if update: torch._foreach_copy_((*means,*vars,*counts), (*mean.unbind(),*var.unbind(),*count.unbind()))
         return mean[0],var[0],share[0],None

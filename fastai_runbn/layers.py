@@ -153,13 +153,19 @@ def _floors_once(clamp, dtype, device):
     with torch.inference_mode(False): return torch.tensor((*clamp,0.), dtype=dtype, device=device)
 
 @patch
+def _fits(self:RunningBatchNormMixin):
+    "Are the window's buffers such as the statistics are?"
+    pairs = (self.running_mean,self.known_mean),(self.running_var,self.known_var)
+    return all(a is not None and a.shape==b.shape and a.dtype==b.dtype and a.device==b.device for a,b in pairs)
+
+@patch
 @torch.no_grad()
 def refresh_window(self:RunningBatchNormMixin,
     look:bool=True, # May values be looked at, on a CPU, to do nothing where nothing was changed?
 ):
     "Seed the window anew where `running_mean` or `running_var` are not what this layer last wrote: loaded, copied, averaged or set by others"
     now,known = (self.running_mean,self.running_var),(self.known_mean,self.known_var)
-    if any(a.shape!=b.shape or a.dtype!=b.dtype or a.device!=b.device for a,b in zip(now, known)): return self._make_window()
+    if not self._fits(): return self._make_window()
     if not look or torch.compiler.is_compiling() or not now[0].is_cpu: self.seed_window((now[0]!=known[0]).any() | (now[1]!=known[1]).any())
     elif not all(map(torch.equal, now, known)): self.seed_window()
 
@@ -185,6 +191,7 @@ def _load_from_state_dict(self:RunningBatchNormMixin, state_dict, prefix, *args,
     if not stored: self._non_persistent_buffers_set |= set(window_buffers)
     try: super(RunningBatchNormMixin, self)._load_from_state_dict(state_dict, prefix, *args, **kwargs)
     finally: self._non_persistent_buffers_set = own
+    if self.running_mean is not None and not self._fits(): self._make_window()
 
 # %% ../nbs/03_layers.ipynb #f8466e38
 @patch
@@ -293,8 +300,8 @@ def _normalized(self:RunningBatchNormMixin, x, sync=None):
     if x.shape[1]!=self.num_features: raise RuntimeError(f"{type(self).__name__} of {self.num_features} channels got {x.shape[1]}, in an input of shape {tuple(x.shape)}")
     with torch._C.DisableTorchFunctionSubclass(): # a fastai TensorImage, for one, asks Python at every operator
         again = self._is_recomputed()
-        if sync is None and not again: self.refresh_window(self.backend!='plain')
         path = choose_path(x, self.window_mean, self.backend) if sync is None else sync.path(self, x)
+        if sync is None and not again: self.refresh_window(path is on_cpu)
         stats,clamped,path,y = self._statistics(x.detach(), path, again, sync)
         share,grad,pool = (self._trusted(x),self.window_grad,None) if sync is None else sync.gradient(self, x)
         scale = self.loss_scale
@@ -332,7 +339,7 @@ def _statistics(self:RunningBatchNormMixin, x, path, again, sync=None):
     eager = not torch.compiler.is_compiling()
     if eager:
         if torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
-        if again: return _recall(x, self._recent, self.backend!='plain'),True,choose_path(x, self.window_mean),None
+        if again: return _recall(x, self._recent, path is on_cpu),True,choose_path(x, self.window_mean),None
     bs,M,state = self._samples(x),x.numel()//x.shape[1],State(*[self._buffers[o] for o in _state])
     sizes,of_users = _as_tensors(state.mean, bs, M),callable(self.window) and not isinstance(self.window, SampleWindow) and self.window is not lesson10_weight
     a = window_weight(self.window, *((bs,M) if of_users else sizes))

@@ -79,7 +79,9 @@ class DelayedNorm(nn.Module):
         self.mean,self.var = self.mean+rho*d,self.var+rho*(v-self.var)+rho*(1-rho)*d**2
         s = self.average_share(bs, rho)
         d = m-self.avg_mean
-        self.avg_mean,self.avg_var = self.avg_mean+s*d,self.avg_var+s*(v-self.avg_var)+s*(1-s)*d**2
+        if isinstance(self.momentum, AutoMomentum): self.avg_var = self.avg_var+s*(v-self.avg_var)+s*(1-s)*d**2
+        else: self.avg_var = self.avg_var+s*(v*M/(M-1)-self.avg_var) # BatchNorm's
+        self.avg_mean = self.avg_mean+s*d
         if self.grads:
             N = sum(o[0] for o in self.grads)
             self.g1,self.g2 = self.g1+rho*(sum(o[0]*o[1] for o in self.grads)/N-self.g1),self.g2+rho*(sum(o[0]*o[2] for o in self.grads)/N-self.g2)

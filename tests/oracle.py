@@ -56,7 +56,8 @@ class Oracle:
                 self.t,self.steps,self.seen,self.skipped = self.t+ok,self.steps+1,self.seen+bs,self.skipped+(not ok.all())
                 m,v,share = xs.mean(1),xs.var(1),share*ok
                 d = m-self.rm
-                self.rm,self.rv = self.rm+share*d,self.rv+share*(v-self.rv)+share*(1-share)*d*d
+                set_ = not isinstance(self.momentum, AutoMomentum) # as BatchNorm has it: unbiased, and without the spread between batches
+                self.rm,self.rv = self.rm+share*d,self.rv+share*((v*M/max(1, M-1) if set_ else v)-self.rv)+(0 if set_ else share*(1-share)*d*d)
             # backward
             dw,db = (dy*xhat).sum(1),dy.sum(1)
             g = np.stack([db, dw*free])/M

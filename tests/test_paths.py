@@ -97,7 +97,7 @@ def test_compiled_in_a_schedule_a_bad_batch_and_twice_backward():
             l.running_grad = running_grad
             xr = x.clone().requires_grad_()
             y = l(xr)
-            got.append([torch.autograd.grad((y**3).sum(), xr, retain_graph=True)[0] for _ in range(2)])
+            got.append([torch.autograd.grad((y**3).sum(), xr, retain_graph=True)[0] for _ in range(3)])
         for a,b in zip(*got): torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-9, atol=1e-9)
         same(list(plain.buffers()), list(compiled.buffers()))
     assert compiled.skipped_batches==1
@@ -152,7 +152,7 @@ class Count(TorchDispatchMode):
         if name not in self.views: self.names.append(name)
         return func(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('space,fmt,most', [((8,8),'contiguous',44), ((8,8),'channels_last',40), ((200,200),'contiguous',47), ((200,200),'channels_last',41)], ids=str)
+@pytest.mark.parametrize('space,fmt,most', [((8,8),'contiguous',49), ((8,8),'channels_last',45), ((200,200),'contiguous',52), ((200,200),'channels_last',46)], ids=str)
 def test_how_many_operators(space, fmt, most):
     "A forward and a backward, warmed up; BatchNorm has three"
     layer = RunningBatchNorm2d(4)
