@@ -8,7 +8,7 @@ __all__ = ['backends', 'default_window', 'LESSON10', 'window_buffers', 'RunningB
            'RunningBatchNorm3d', 'RunningSyncBatchNorm', 'running_norms', 'set_batch_size', 'follow_scaler']
 
 # %% ../nbs/03_layers.ipynb #660aa815
-import math,warnings
+import math,sys,warnings
 from collections import deque
 from functools import lru_cache,partial
 from importlib import import_module
@@ -59,6 +59,9 @@ LESSON10 = dict(window=lesson10_weight, running_grad=0., eval_window=None, clamp
 # %% ../nbs/03_layers.ipynb #053433b8
 window_buffers = ('window_mean','window_var','window_count','window_grad','eval_steps','samples_seen','skipped_batches','known_mean','known_var')
 
+_quantized = ("{} is quantized as a layer of its own, which is slower and less exact than one that is folded into the convolution before it: "
+    "`to_bn(model)` first, then quantize.")
+
 class RunningBatchNormMixin:
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
     _sync = None # What keeps the window equal on several processes, of `distributed`
@@ -82,8 +85,13 @@ class RunningBatchNormMixin:
         "A module like any other, but to a tracer of `torch.fx` one that it does not look into, as PyTorch's own are"
         if not (args and isinstance(args[0], Proxy)): return super().__call__(*args, **kwargs)
         tracer = args[0].tracer
+        if type(tracer).__name__=='QuantizationTracer': warnings.warn(_quantized.format(type(self).__name__), stacklevel=2)
         def leaf(*args, **kwargs): return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
         return tracer.call_module(self, leaf, args, kwargs)
+
+    def __prepare_scriptable__(self):
+        "What `torch.jit.script` calls first"
+        raise RuntimeError(f"torch.jit.script of a {type(self).__name__}: `to_bn(model)` first; the BatchNorm model has the same evaluation. `torch.jit.trace` and torch.export take it as it is.")
 
 # %% ../nbs/03_layers.ipynb #2896901a
 _kept_batches = 8 # Whose statistics are remembered for a recomputation; two or three would do for most models
@@ -382,10 +390,23 @@ def _on_replacement(parent, name, new):
         new._bn_momentum,new.__class__ = new.momentum,cls
         new.make_running(**settings)
 
+def _not_fused(is_qat, *modules):
+    "In the place of a fuser of torch.ao.quantization"
+    norm = next(m for m in modules if isinstance(m, RunningBatchNormMixin))
+    raise RuntimeError(f"fuse_modules: a {type(norm).__name__} is not fused. `to_bn(model)` first, then fuse and quantize.")
+
+def _fusers():
+    "What `fuse_modules` may be asked to fuse with a running norm, as its table has it"
+    pairs = (nn.Conv1d,RunningBatchNorm1d),(nn.Conv2d,RunningBatchNorm2d),(nn.Conv3d,RunningBatchNorm3d),(nn.Linear,RunningBatchNorm1d)
+    return [o for a,b in pairs for o in ((a,b),(a,b,nn.ReLU),(b,nn.ReLU))]
+
 _watching = []
 def watch_replacements():
-    "Have PyTorch ask `_on_replacement` about modules that are put into others, from the first running norm on"
-    if not _watching: _watching.append(nn.modules.module.register_module_module_registration_hook(_on_replacement))
+    "Have PyTorch ask `_on_replacement` about modules that are put into others, and its quantization say what to do, from the first running norm on"
+    if _watching: return
+    _watching.append(nn.modules.module.register_module_module_registration_hook(_on_replacement))
+    table = getattr(sys.modules.get('torch.ao.quantization.fuser_method_mappings'), '_DEFAULT_OP_LIST_TO_FUSER_METHOD', None)
+    if table is not None: table.update(dict.fromkeys(_fusers(), _not_fused))
 
 # %% ../nbs/03_layers.ipynb #1331db29
 class RunningBatchNorm1d(RunningBatchNormMixin, nn.BatchNorm1d): "Running batch norm for `(N,C)` and `(N,C,L)`; as `RunningBatchNorm2d`"

@@ -615,3 +615,34 @@ def test_a_star_import_brings_what_a_user_types():
     names = {n for n in vars(public) if not n.startswith('_')}
     assert names=={'FilterMeans','LESSON10','RunBNCallback','RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d','RunningBatchNorm2d','RunningBatchNorm3d',
         'SampleWindow','WarmupClamp','follow_scaler','from_lesson10','lesson10_weight','register_norm','set_batch_size','surgery_report','sync_window','to_bn','to_runbn'}
+
+def quantizable(train=False): return trained(to_runbn(net()).float(), 0).train(train)
+@pytest.mark.parametrize('train', [False,True], ids=['eager','qat'])
+def test_fusing_says_what_to_do(train):
+    import torch.ao.quantization as q
+    fuse = q.fuse_modules_qat if train else q.fuse_modules
+    for names in (['0','1'],['0','1','2']):
+        with pytest.raises(RuntimeError, match=r'RunningBatchNorm2d is not fused. `to_bn\(model\)` first'): fuse(quantizable(train), [names])
+    assert type(fuse(to_bn(quantizable(train)), [['0','1','2']])[1]) is nn.Identity
+
+def test_graph_mode_quantization_works_and_says_what_is_better():
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx,prepare_fx
+    x = torch.randn(4,3,12,12)
+    def off(model):
+        p = prepare_fx(deepcopy(model), get_default_qconfig_mapping('fbgemm'), (x,))
+        for _ in range(3): p(x)
+        return ((convert_fx(p)(x)-model(x)).norm()/model(x).norm()).item()
+    model = to_runbn(net()).float()
+    for _ in range(9): model(torch.randn(4,3,12,12))
+    model.eval()
+    with pytest.warns(UserWarning, match=r'`to_bn\(model\)` first, then quantize'): assert off(model)<.2
+    assert off(to_bn(model))<.2
+
+def test_jit_script_says_what_to_do():
+    for make in (net, lambda: nn.Sequential(timm.layers.BatchNormAct2d(3, act_layer=nn.SiLU)).double()):
+        model = to_runbn(make()).eval()
+        with pytest.raises(RuntimeError, match=r'torch.jit.script.*`to_bn\(model\)` first'): torch.jit.script(model)
+    x = batch()
+    want = model(x)
+    same(torch.jit.script(to_bn(model))(x), want)
