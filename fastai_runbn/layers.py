@@ -364,8 +364,10 @@ def _statistics(self:RunningBatchNormMixin, x, path, again, sync=None):
             stats = kept(*stats)
     if got is None:
         m,v,y = path.moments(x)
-        if sync is None: stats = kept(*count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, clipped, path is on_cpu, momentum, update))
-        else: stats = kept(*sync.count(self, m, v, bs, M, a, clamped, clipped, path is on_cpu))
+        look = path is on_cpu
+        if sync is not None: stats = sync.count(self, m, v, bs, M, a, clamped, clipped, look)
+        else: stats = count_batch(m, v, bs, M, a, a_e, state, self.eps, self.clamp_inclusive, clamped, clipped, look, momentum, update)
+        stats = kept(*stats)
     if not eager: return stats,clamped,path,y
     self._recent.appendleft(((m,v),stats))
     if self.path!=path.name: self.path = path.name

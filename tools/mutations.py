@@ -1,4 +1,4 @@
-"Break the layer on purpose, one way at a time, in a copy, and record which tests notice: `python tools/mutations.py` writes tests/MUTATIONS.md, `python tools/mutations.py WORD` only the rows with that word in their name"
+"Break the layer on purpose, one way at a time, in a copy, and record which tests notice: `python tools/mutations.py` writes tests/MUTATIONS.md, `python tools/mutations.py WORD …` only the rows with one of those words in their name"
 import os,re,subprocess,sys,tempfile
 from collections import Counter
 from pathlib import Path
@@ -8,7 +8,9 @@ quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','locks
 compiled = ['tests/test_compile.py']
 learners = ['tests/test_learner.py','-k','filters']
 looks = ['tests/test_interpret.py']
-ranks = ['tests/test_distributed.py','-k','written_out or one_process or may_read or nan or last_batches or retained']
+ranks = ['tests/test_distributed.py','-k','written_out or one_process or may_read or nan or last_batches or add_up or held_layers']
+contract = ['tests/test_contract.py','tests/test_add_up.py','-k','not compiled and not inductor']
+scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
 
 # what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
 mutations = [
@@ -17,42 +19,43 @@ mutations = [
     ('no spread between images in the moments of a batch', 'functional', 'torch.add(between, v.sum(0), alpha=1/N)', 'v.sum(0)/N', quick),
     ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', quick),
     ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
-    ('credit and its complement swapped', 'functional', 'G = torch.lerp(own, new, held', 'G = torch.lerp(new, own, held', quick),
+    ('all of what is owed paid, whatever running_grad is', 'functional', '*share if torch.is_tensor(share) or share!=1 else', ' if True else', quick),
     ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
-    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, sync)', 'self._statistics(x, path, sync)', quick),
-    ('a recomputed forward merged again', 'layers', 'if self._recent and torch._C._current_graph_task_id() != -1', 'if False', quick),
+    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, again, sync)', 'self._statistics(x, path, again, sync)', quick),
+    ('a recomputed forward merged again', 'layers', '        if again: return', '        if False: return', quick),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
     ('moments that are not finite merged', 'functional', 'ok = var<math.inf', 'ok = (var==var)|True', quick),
     ('moments that are not finite merged, where one may look', 'functional', 'if look and math.isfinite(var.sum().item()):', 'if look:', quick),
     ('gradients that are not finite averaged', 'functional', 'torch.where(g.abs()<math.inf, new, running)', 'new', quick),
-    ('gradients that are not finite averaged, where one may look', 'functional', 'if look and math.isfinite(g.sum().item()):', 'if look:', quick),
-    ('the variance reacts at its floor', 'functional', 'dweight*(free>0) if clamped else dweight', 'dweight', quick),
+    ('gradients that are not finite averaged, where one may look', 'functional', 'if not (look and math.isfinite(g.sum().item())): new', 'if not look: new', quick),
+    ('the variance reacts at its floor', 'functional', 'dweight*(factor>0) if clamped else dweight', 'dweight', quick),
     ('the average for evaluation shorter than the window', 'functional', 'torch.minimum(share, share[0])', 'share', quick),
     ('the clamp counts the batch at hand', 'functional', 's.seen+bs if inclusive else', 's.seen+bs if True else', quick),
-    ('the window left as it was by a load', 'layers', "elif not stored and prefix+'running_mean' in state_dict: self.seed_window()", '', quick),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
     ('the count of samples read on the host', 'layers', 'path is not on_cpu or ', '', quick),
     ('evaluation follows the training window', 'layers', 'a_e = None if self.eval_window is None else _at_most_1(sizes[0]/self.eval_window)', 'a_e = None', quick),
-    ('a second backward owes what the first left', 'functional', 'if first is not None: return own+first[0]-first[1],first', '', quick),
     ('the scale of G on CUDA', 'functional', 'G2/rstd', 'G2*rstd', quick),
-    ('a compiled backward computes the statistics again', 'functional', '.keep(torch.stack(ts)).unbind() if', '.keep(torch.stack(ts)).unbind() if False and', compiled),
+    ('a compiled backward computes the statistics again', 'functional', 'ts,flag = torch.ops.fastai_runbn.keep(torch.stack(ts))', 'ts,flag = torch.stack(ts),ts[0].new_ones(())', compiled),
     ('ranks: merged into what the buffers hold by then', 'distributed', 'self.pack.merge(base, sums[:3], head, rules)', 'self.pack.merge(self.pack.read(), sums[:3], head, rules)', ranks),
     ('ranks: all batches weigh the same', 'distributed', 'd,n = m-mean,self.expand(M)', 'd,n = m-mean,self.expand((M>0).to(M.dtype)*M.max())', ranks),
     ('ranks: channels that are not finite sent', 'distributed', 'torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)', 'torch.stack((n, n*d, n*q))', ranks),
-    ("ranks: one rank's weight for the batch of all", 'distributed', 'return batch_weight(rule, bs, M, None)', 'return batch_weight(rule, bs/2, M, None)', ranks),
+    ("ranks: one rank's weight for the batch of all", 'distributed', 'return window_weight(rule, bs, M)', 'return window_weight(rule, bs/2, M)', ranks),
     ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
-    ('ranks: gradients noted in every backward', 'distributed', 'if not again and (torch', 'if (torch', ranks),
-    ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.held: self.send()', 'self.send()', ranks),
-    ('ranks: the running gradient not merged', 'distributed', 'self.pack.write(new._replace(grad=self.merged_grad(base, sums, share)))', 'self.pack.write(new)', ranks),
+    ('ranks: values counted in every backward', 'distributed', 'M*unpaid))', 'M))', ranks),
+    ('ranks: gradients of a later backward lost', 'distributed', 'return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)', 'return torch.where(n>0, left+self.last_share*sums[4:]/self.last_count.clamp(min=1), base.grad)', ranks),
+    ('ranks: a held layer noted', 'distributed', 'if update: self.forwards.append', 'self.forwards.append', ranks),
+    ('ranks: a collective overwrites what others wrote', 'distributed', 'self.pack.write(self.pack.unless_changed(new))', 'self.pack.write(new)', ranks),
+    ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.waits: self.send()', 'self.send()', ranks),
+    ('ranks: the running gradient not merged', 'distributed', 'new = new._replace(grad=self.merged_grad(base, sums, share))', 'pass', ranks),
     ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks),
-    ('filters: gradients not centred', 'callback', 'w.grad.sub_(_mean(w.grad))', 'pass', learners),
-    ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w)-mean)', 'pass', learners),
-    ('filters: at zero in trained nets too', 'callback', 'zero or normed and not after.window_count.any() or', 'True or', learners),
-    ('filters: where they are in untrained nets too', 'callback', ' or normed and not after.window_count.any()', '', learners),
-    ('filters: those of one channel each too', 'callback', ' or w.shape[1]==1', '', learners),
-    ('filters: whatever stands before whatever', 'callback', 'not normed and not isinstance(after, (_ConvNd,nn.Linear,type(None)))', 'False', learners),
+    ('filters: gradients not centred', 'callback', 'w.grad.sub_(_mean(w.grad, nonzero))', 'pass', learners),
+    ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w, nonzero)-mean)', 'pass', learners),
+    ('filters: at zero in trained nets too', 'callback', '0. if zero or untrained or', '0. if True or', learners),
+    ('filters: where they are in untrained nets too', 'callback', ' or untrained', '', learners),
+    ('filters: those of one channel each too', 'callback', "if w.shape[1]==1: return 'one input channel'", 'pass', learners),
+    ('filters: whatever stands before whatever', 'callback', 'not why and not normed and not isinstance(after, (_ConvNd,nn.Linear,type(None)))', 'False', learners),
     ('filters: without a norm, not at zero', 'callback', 'self.filters.update(free)', 'pass', learners),
-    ('filters: without a norm, at zero beside trained norms', 'callback', 'not any(t.any() for t in stats) and ', '', learners),
+    ('filters: without a norm, at zero beside trained norms', 'callback', ' and not any(t.any() for t in stats)', '', learners),
     ('filters: without a norm, at zero where they are trained', 'callback', '<=2*sum(', '<=1e9*sum(', learners),
     ('filters: means from before the model has moved', 'callback', 'self.means = None # not chosen yet', 'self.keep_means()', learners),
     ('interpretation leaves the model in evaluation', 'interpret', 'for m,mode in modes: m.training = mode', 'pass', looks),
@@ -60,7 +63,28 @@ mutations = [
     ('the gap of a layer alone on inputs that the others changed', 'interpret', "differ(n, 'alone', _training(n, alone[n], x.clone()), y)", "differ(n, 'alone', _training(n, together[n], x.clone()), y)", looks),
     ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])", "s['square']", looks),
     ("the table's ρ is the weight of the batch", 'interpret', 'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
-    ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks)]
+    ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
+    ('contract: what is owed is paid in every backward', 'functional', 'was,self.unpaid = self.unpaid,False', 'was = self.unpaid', contract),
+    ('contract: a later backward adds nothing to the running gradient', 'functional', 'new = left+(own if scale is None else own/scale)', 'new = left if unpaid is False else left+(own if scale is None else own/scale)', contract),
+    ('contract: a held layer updates its running gradient', 'layers', 'not self.is_held(), scale, pool)', 'True, scale, pool)', contract),
+    ('contract: a held layer updates its statistics', 'layers', 'momentum,update = self.momentum,not self.is_held()', 'momentum,update = self.momentum,True', contract),
+    ('contract: track_running_stats not minded', 'layers', 'return not self.track_running_stats or self', 'return self', contract),
+    ('contract: what others write is not seen', 'layers', 'elif not all(map(torch.equal, now, known)): self.seed_window()', 'elif False: self.seed_window()', contract),
+    ('contract: the layer takes what it wrote for written by others', 'functional', 'if s.known_mean is not None: torch._foreach_copy_', 'if False: torch._foreach_copy_', contract),
+    ("contract: a momentum that was set is not BatchNorm's", 'functional', 'elif type(momentum) is not AutoMomentum: fixed = momentum', 'elif False: fixed = momentum', contract),
+    ("contract: the spread between batches in BatchNorm's average", 'functional', 'if fixed is not None: var = torch.stack((var[0], plain_var))', 'pass', contract),
+    ('contract: converters put their norms in place', 'layers', 'if new.running_mean is old.running_mean:', 'if False:', contract),
+    ('contract: thawed norms stay plain', 'layers', 'if cls and isinstance(new, _BatchNorm)', 'if False and isinstance(new, _BatchNorm)', contract),
+    ('contract: torch.fx looks into the layer', 'layers', 'if not (args and isinstance(args[0], Proxy)): return', 'if True: return', contract),
+    ('contract: rows taken for samples', 'layers', 'if self.batch_size is not None: return min(rows, self.batch_size)', 'if self.batch_size is not None: return rows', contract),
+    ('contract: many rows taken for samples', 'layers', 'if x.ndim!=2 or rows<=_many_rows: return rows', 'return rows', contract),
+    ('contract: a window on meta stays uninitialised', 'layers', "if old['window_mean'].is_meta and not", 'if False and not', contract),
+    ('contract: zeros of pruned filters move', 'callback', 'nonzero = None if w.all() else w!=0', 'nonzero = None', contract),
+    ('contract: shared filters move', 'callback', "if shared[id(w)]>1: return 'shared'", 'pass', contract),
+    ('contract: filters move that the optimizer does not have', 'callback', "if trained is not None and id(w) not in trained: return 'not in the optimizer'", 'pass', contract),
+    ('contract: the running gradient in the unit of the scaled loss', 'functional', 'own if scale is None else own/scale', 'own', scales),
+    ('contract: what is owed is not scaled', 'functional', 'if scale is not None: paid = paid*scale', 'pass', scales),
+    ('contract: a scale left behind by an error', 'layers', 'LossScale.end() # where a backward ended in an error', 'pass', scales)]
 
 def copy(to):
     "What git tracks or would, in another folder"
@@ -83,14 +107,14 @@ def _row(what, module, old, new, names):
     caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
     return f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|'
 
-def main(word=''):
+def main(*words):
     report = root/'tests'/'MUTATIONS.md'
-    kept = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if word and report.exists() else {}
-    chosen,rows = [m for m in mutations if word in m[0]],{}
+    kept = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if words and report.exists() else {}
+    chosen,rows = [m for m in mutations if not words or any(w in m[0] for w in words)],{}
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,compiled,ranks,learners,looks):
+        for tests in (quick,compiled,ranks,learners,looks,contract,scales):
             if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
@@ -112,4 +136,4 @@ def main(word=''):
     missed = [what for what,r in rows.items() if '**nothing**' in r]
     if missed: sys.exit(f'not caught: {missed}')
 
-if __name__=='__main__': main(*sys.argv[1:2])
+if __name__=='__main__': main(*sys.argv[1:])
