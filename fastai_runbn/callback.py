@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import find_bs,rank_distrib
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from .layers import RunningBatchNormMixin,default_window,follow_scaler,runbn_settings,set_batch_size
+from .layers import RunningBatchNormMixin,default_window,follow_scaler,running_norms,runbn_settings,set_batch_size
 from .schedule import unschedule
 from .distributed import in_parallel,sync_modes,sync_window,unwrapped,window_sync
 from . import surgery
@@ -213,6 +213,7 @@ def after_fit(self:RunBNCallback):
     "Merge what is on its way, and let the layers count samples by themselves again"
     if self._sync: self._sync.settle()
     set_batch_size(self.learn.model, None)
+    for m in running_norms(self.learn.model): m.loss_scale,m.scaler_tells = None,False # nobody has said anything any more
     self._bs = None
 
 # %% ../nbs/06_callback.ipynb #876bd008

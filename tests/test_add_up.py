@@ -80,7 +80,7 @@ def test_compiled_as_a_whole():
     def forward(m, x):
         if m not in compiled: compiled[m] = torch.compile(m)
         return compiled[m](x)
-    with torch._functorch.config.patch(donated_buffer=False): check(net, forward, steps=20)
+    with torch._functorch.config.patch(donated_buffer=False): check(net, forward)
 
 def test_part_of_the_outputs():
     "Each sample's loss by itself, in any order"

@@ -1,5 +1,5 @@
 "A running norm under code that was written for BatchNorm: whatever that lets one do is honoured, with BatchNorm's meaning, or is an error that names the remedy"
-import io,pickle,warnings
+import io,pickle,shutil,subprocess,sys,warnings
 from copy import deepcopy
 import pytest,timm,torch
 from torch import nn
@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
-from fastai.basics import Callback,CrossEntropyLossFlat,DataLoaders,Learner,SGD
+from fastai.basics import Callback,CancelStepException,CrossEntropyLossFlat,DataLoaders,Learner,SGD
 from fastai_runbn import all as public
 from fastai_runbn.all import FilterMeans,RunBNCallback,RunBNInterpretation,RunningBatchNorm1d,RunningBatchNorm2d,follow_scaler,set_batch_size,surgery_report,to_bn,to_runbn
 from fastai_runbn.moments import AutoMomentum
@@ -74,6 +74,18 @@ def test_update_bn_puts_back_what_was():
     update_bn(xs, model)
     assert isinstance(m.momentum, AutoMomentum)
     same(m.running_mean, torch.stack([x.mean((0,2,3)) for x in xs]).mean(0))
+
+def test_num_batches_tracked_set_to_0_begins_a_cumulative_average_anew():
+    m,bn = trained(norm()),nn.BatchNorm2d(3, momentum=None).double()
+    m.momentum = None
+    bn.load_state_dict(m.state_dict())
+    for n in (0,3):
+        for o in (m,bn): o.num_batches_tracked.fill_(n)
+        for _ in range(3):
+            x = batch()
+            m(x); bn(x)
+            same(m.running_mean, bn.running_mean); same(m.running_var, bn.running_var)
+            assert m.num_batches_tracked==bn.num_batches_tracked
 
 def test_precise_statistics():
     "fvcore's update_bn_stats: momentum 1, and the mean over batches of what is in running_mean after each"
@@ -429,6 +441,25 @@ def test_the_callback_tells_how_many_samples_a_batch_has():
     assert (row.points,row.samples)==(300,1) and '300 rows, counted as 1 sample' in str(learn.run_bn.report)
     assert RunBNInterpretation(learn.model, bs=2).suggestions()==[]
 
+def test_a_point_net_with_one_cloud_a_batch():
+    "Clouds that differ in their size: BatchNorm, with one a batch, gives them all the same; and points as rows are no other net than points as positions"
+    class Clouds(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.rows,self.conv,self.bn,self.head = rows,nn.Conv1d(3,16,1),nn.BatchNorm1d(16),nn.Linear(16,3)
+        def forward(self, x):
+            h = self.conv(x)
+            h = self.bn(h.transpose(1,2).flatten(0,1)).view(len(x),-1,16).transpose(1,2) if self.rows else self.bn(h)
+            return self.head(h.relu().mean(2))
+    def accuracy(*cbs, rows=True):
+        torch.manual_seed(0)
+        y = torch.randint(3, (400,))
+        learn = learner(Clouds(rows), torch.randn(400,3,200)*torch.tensor([.6,1.,1.6])[y][:,None,None], y, 1, *cbs)
+        learn.fit(2, .02)
+        return (learn.model.eval()(learn.dls.train_ds.tensors[0]).argmax(1)==y).float().mean().item()
+    rows,positions = accuracy(RunBNCallback()),accuracy(RunBNCallback(), rows=False)
+    assert rows>.8 and abs(rows-positions)<.03 and accuracy()<.6
+
 def test_the_table_has_the_share_that_is():
     m = to_runbn(nn.Sequential(nn.BatchNorm1d(4)))
     for _ in range(300): m(torch.randn(196,4))
@@ -521,6 +552,45 @@ def test_running_gradients_follow_a_scale_that_doubles_halves_and_skips(tell):
     for i,(a,b) in enumerate(zip(plain, scaled)): assert (a-b).norm() < 1e-2*a.norm(), i
     assert max(m.window_grad.abs().max() for m in norms(model)) < 1               # in the unit of the loss itself
 
+def test_running_gradients_follow_a_scale_in_the_callback():
+    "As fastai's MixedPrecision scales, on a CPU; the scale grows, and one step overflows and is skipped"
+    class Scaler(Callback):
+        order = 10
+        def __init__(self, enabled): self.enabled,self.seen = enabled,[]
+        def before_fit(self): self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**12, growth_interval=5, enabled=self.enabled)
+        def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+        def before_step(self):
+            scale,skip = self.scaler.get_scale(),len(self.seen)==12
+            for p in self.model.parameters(): p.grad /= scale
+            self.seen.append(torch.cat([p.grad.flatten() for p in self.model.parameters()]).clone())
+            self.scales = getattr(self, 'scales', [])+[scale]
+            if self.enabled: self.scaler.update(scale*(.5 if skip else 2. if len(self.seen)%5==0 else 1.))
+            if skip: raise CancelStepException
+        def after_fit(self): self.learn.scaler = None
+    def run(enabled):
+        torch.manual_seed(2)
+        xs,scaler = torch.randn(80,3,8,8),Scaler(enabled)
+        learner(net().float(), xs, torch.arange(80)%2, 2, RunBNCallback(), scaler).fit(1, .01)
+        return scaler
+    plain,scaled = run(False),run(True)
+    assert len(plain.seen)==len(scaled.seen)==40 and len(set(scaled.scales))>4
+    for i,(a,b) in enumerate(zip(plain.seen, scaled.seen)): assert (a-b).norm() < 1e-2*a.norm(), i
+
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
+def test_a_compiled_model_follows_the_scaler_that_it_was_told():
+    torch._dynamo.reset()
+    plain = to_runbn(net())
+    scaled = follow_scaler(deepcopy(plain), scaler := torch.amp.GradScaler('cpu', init_scale=2.**8))
+    compiled = torch.compile(scaled)
+    for i in range(6):
+        x = batch()
+        for m in (plain,scaled): m.zero_grad()
+        plain(x).square().mean().backward()
+        scaler.scale(compiled(x).square().mean()).backward()
+        for p,q in zip(plain.parameters(), scaled.parameters()): torch.testing.assert_close(q.grad/scaler.get_scale(), p.grad, rtol=1e-9, atol=1e-12)
+        scaler._scale.mul_(4 if i%2 else .5)                                      # as update does, in place
+    for a,b in zip(norms(plain), norms(scaled)): same(b.window_grad, a.window_grad, 1e-10)
+
 def test_a_backward_that_ended_in_an_error_leaves_no_scale():
     m = norm()
     scaler = torch.amp.GradScaler('cpu', init_scale=2.**10)
@@ -559,6 +629,29 @@ def test_no_warning_where_there_is_nothing_to_say(dtype, told):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         autocast_backward(model, dtype)
+
+def test_a_loop_without_the_scaler_after_one_with_it():
+    "The scale of a scaler that was followed is not the scale of what is not scaled"
+    scaler,m = torch.amp.GradScaler('cpu', init_scale=2.**16),norm()
+    follow_scaler(m, scaler)
+    for _ in range(5): scaler.scale(m(batch().requires_grad_()).pow(3).mean()).backward()
+    twin = deepcopy(m)                                                            # which follows nothing
+    x = batch().requires_grad_()
+    z = x.detach().clone().requires_grad_()
+    (m(x)**3).mean().backward(); (twin(z)**3).mean().backward()
+    same(x.grad, z.grad); same(m.window_grad, twin.window_grad)
+
+def test_a_pickled_model_in_a_new_process():
+    "Converters and scalers are minded there too"
+    code = '''
+import pickle,sys,warnings,torch
+from torch import nn
+m = pickle.loads(sys.stdin.buffer.read())
+with warnings.catch_warnings(record=True) as w: nn.SyncBatchNorm.convert_sync_batchnorm(m)
+from fastai_runbn.functional import LossScale
+assert 'sync_window' in str(w[-1].message) and LossScale.watching and 'Running' in type(m[1]).__name__
+'''
+    subprocess.run([sys.executable,'-c',code], input=pickle.dumps(to_runbn(net())), check=True)
 
 def test_a_scaler_without_a_scale_is_an_error():
     class Other:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]]
-compiled = ['tests/test_compile.py']
-learners = ['tests/test_learner.py','-k','filters']
+few = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]]
+compiled = ['tests/test_compile.py','-k','two_images']
+learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
-ranks = ['tests/test_distributed.py','-k','written_out or one_process or may_read or nan or last_batches or add_up or held_layers']
+ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 contract = ['tests/test_contract.py','tests/test_add_up.py','-k','not compiled and not inductor']
 scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
 
@@ -19,16 +20,16 @@ mutations = [
     ('no spread between images in the moments of a batch', 'functional', 'torch.add(between, v.sum(0), alpha=1/N)', 'v.sum(0)/N', quick),
     ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', quick),
     ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
-    ('all of what is owed paid, whatever running_grad is', 'functional', '*share if torch.is_tensor(share) or share!=1 else', ' if True else', quick),
+    ('all of what is owed paid, whatever running_grad is', 'functional', '*share if torch.is_tensor(share) or share!=1 else', ' if True else', few),
     ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
-    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, again, sync)', 'self._statistics(x, path, again, sync)', quick),
-    ('a recomputed forward merged again', 'layers', '        if again: return', '        if False: return', quick),
+    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, again, sync)', 'self._statistics(x, path, again, sync)', few),
+    ('a recomputed forward merged again', 'layers', '        if again: return', '        if False: return', few),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
     ('moments that are not finite merged', 'functional', 'ok = var<math.inf', 'ok = (var==var)|True', quick),
     ('moments that are not finite merged, where one may look', 'functional', 'if look and math.isfinite(var.sum().item()):', 'if look:', quick),
-    ('gradients that are not finite averaged', 'functional', 'torch.where(g.abs()<math.inf, new, running)', 'new', quick),
-    ('gradients that are not finite averaged, where one may look', 'functional', 'if not (look and math.isfinite(g.sum().item())): new', 'if not look: new', quick),
-    ('the variance reacts at its floor', 'functional', 'dweight*(factor>0) if clamped else dweight', 'dweight', quick),
+    ('gradients that are not finite averaged', 'functional', 'torch.where(g.abs()<math.inf, new, running)', 'new', few),
+    ('gradients that are not finite averaged, where one may look', 'functional', 'if not (look and math.isfinite(g.sum().item())): new', 'if not look: new', few),
+    ('the variance reacts at its floor', 'functional', 'dweight*(factor>0) if clamped else dweight', 'dweight', few),
     ('the average for evaluation shorter than the window', 'functional', 'torch.minimum(share, share[0])', 'share', quick),
     ('the clamp counts the batch at hand', 'functional', 's.seen+bs if inclusive else', 's.seen+bs if True else', quick),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
@@ -114,7 +115,7 @@ def main(*words):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,compiled,ranks,learners,looks,contract,scales):
+        for tests in (quick,few,compiled,ranks,learners,looks,contract,scales):
             if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
