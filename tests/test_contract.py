@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest,timm,torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -512,18 +513,18 @@ def test_a_pruned_net_under_the_callback():
     class Mask(Callback):
         def before_fit(self): self.masks = [(p,p!=0) for p in self.model.parameters() if p.ndim==4]
         def before_step(self): [p.grad.mul_(k) for p,k in self.masks]
-    for prune in (False,True):
+    for pruned in (False,True):
         model = net().float()
         for _ in range(3): model(batch().float())
-        if prune:
-            for m in (model[0],model[3]): nn.utils.prune.l1_unstructured(m, 'weight', .5)
+        if pruned:
+            for m in (model[0],model[3]): prune.l1_unstructured(m, 'weight', .5)
         else:
             for m in (model[0],model[3]): m.weight.data *= m.weight.abs()>m.weight.abs().median()
         def share(): return [(m.weight==0).float().mean().item() for m in (model[0],model[3])]
-        before,learn = share(),learner(model, torch.randn(8,3,6,6), torch.arange(8)%2, 2, RunBNCallback(), *([] if prune else [Mask()]))
+        before,learn = share(),learner(model, torch.randn(8,3,6,6), torch.arange(8)%2, 2, RunBNCallback(), *([] if pruned else [Mask()]))
         learn.fit(2, .05)
         assert share()==before and all(s>.45 for s in before)
-        assert ('2 with zeros that stay' if not prune else 'parametrized') in learn.run_bn.report.filters
+        assert ('2 with zeros that stay' if not pruned else "parametrized") in learn.run_bn.report.filters
 
 # the loss scale
 

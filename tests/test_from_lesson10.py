@@ -19,6 +19,7 @@ def test_evaluation_is_the_same(steps, affine):
     for new in (nn.BatchNorm2d(3, affine=affine),to_runbn(nn.BatchNorm2d(3, affine=affine))):
         new.double().load_state_dict(from_lesson10(old.state_dict()))
         assert torch.allclose(new.eval()(x), old(x), rtol=1e-12, atol=1e-12)
+    new.refresh_window()                                                    # as the next training forward does
     assert new.num_batches_tracked==steps and (new.window_count==-1).all()     # a full window
 
 @pytest.mark.parametrize('scale', [.01,1.])
@@ -41,7 +42,7 @@ def test_without_batch_step_and_dbias():
     assert got.keys()==want.keys() and got.pop('num_batches_tracked')==0
     assert all(torch.equal(got[k], want[k]) for k in got)
     m = to_runbn(nn.BatchNorm2d(3)).double()
-    m.load_state_dict(got | dict(num_batches_tracked=torch.tensor(0)))
+    m.load_state_dict(got | dict(num_batches_tracked=torch.tensor(0))); m.refresh_window()
     assert (m.samples_seen>=2**40).all()                                        # warmed up
 
 def test_cancellation_gives_no_negative_variance():

@@ -10,7 +10,8 @@ compiled = ['tests/test_compile.py','-k','two_images']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
-contract = ['tests/test_contract.py','tests/test_add_up.py','-k','not compiled and not inductor']
+contract = ['tests/test_contract.py','-k','not compiled and not point_net and not lightning and not accelerate and not scale']
+adds = ['tests/test_add_up.py','-k','several_backwards or any_order']
 scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
 
 # what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
@@ -65,8 +66,8 @@ mutations = [
     ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])", "s['square']", looks),
     ("the table's ρ is the weight of the batch", 'interpret', 'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
     ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
-    ('contract: what is owed is paid in every backward', 'functional', 'was,self.unpaid = self.unpaid,False', 'was = self.unpaid', contract),
-    ('contract: a later backward adds nothing to the running gradient', 'functional', 'new = left+(own if scale is None else own/scale)', 'new = left if unpaid is False else left+(own if scale is None else own/scale)', contract),
+    ('contract: what is owed is paid in every backward', 'functional', 'was,self.unpaid = self.unpaid,False', 'was = self.unpaid', adds),
+    ('contract: a later backward adds nothing to the running gradient', 'functional', 'new = left+(own if scale is None else own/scale)', 'new = left if unpaid is False else left+(own if scale is None else own/scale)', adds),
     ('contract: a held layer updates its running gradient', 'layers', 'not self.is_held(), scale, pool)', 'True, scale, pool)', contract),
     ('contract: a held layer updates its statistics', 'layers', 'momentum,update = self.momentum,not self.is_held()', 'momentum,update = self.momentum,True', contract),
     ('contract: track_running_stats not minded', 'layers', 'return not self.track_running_stats or self', 'return self', contract),
@@ -115,7 +116,7 @@ def main(*words):
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,few,compiled,ranks,learners,looks,contract,scales):
+        for tests in (quick,few,compiled,ranks,learners,looks,contract,adds,scales):
             if not any(m[-1] is tests for m in chosen): continue
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
