@@ -122,7 +122,7 @@ class FilterMeans:
         if n := sum(k.nonzero is not None for k in self.filters.values()): parts.append(f'{n} with zeros that stay')
         for why,n in Counter(self.left.values()).items():
             names = [k.removesuffix('.weight') for k,w in self.left.items() if w==why]
-            parts.append(f"{n} left alone, {why} ({', '.join(names[:3])}{', …' if n>3 else ''})")
+            parts.append(f"{n} left alone ({why}: {', '.join(names[:3])}{', …' if n>3 else ''})")
         return 'Filters of convolutions: '+', '.join(parts)
 
 # %% ../nbs/06_callback.ipynb #ab983f96

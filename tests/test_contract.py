@@ -501,7 +501,7 @@ def test_filters_that_the_user_keeps_fixed():
     means = FilterMeans(model)
     means.after_step()
     assert [k for k,v in model.state_dict().items() if not torch.equal(v, before[k])]==['0.weight']
-    assert repr(means)=="Filters of convolutions: 1 centred, 0 kept at their means, 1 left alone, frozen (2), 1 left alone, parametrized (4), 2 left alone, shared (6, 8)"
+    assert repr(means)=="Filters of convolutions: 1 centred, 0 kept at their means, 1 left alone (frozen: 2), 1 left alone (parametrized: 4), 2 left alone (shared: 6, 8)"
 
 def test_an_optimizer_without_some_filters():
     model = to_runbn(net())

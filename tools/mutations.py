@@ -6,7 +6,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]]
 few = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]]
-compiled = ['tests/test_compile.py','-k','two_images']
+compiled = ['tests/test_compile.py','-k','compiled_equals_eager and (lesson10 or default)']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
