@@ -329,7 +329,10 @@ def test_made_on_the_meta_device(fill):
     with torch.device('meta'): m = nn.Sequential(norm(), nn.Conv2d(3,3,3, dtype=torch.float64), norm())
     def rubbish(t): return torch.full_like(t, float('nan') if t.is_floating_point() else 77, device='cpu')
     if fill=='assign': m.load_state_dict(sd, assign=True)
-    elif fill=='to_empty': m._apply(rubbish); m.load_state_dict(sd)
+    elif fill=='to_empty':
+        m._apply(rubbish)
+        assert torch.equal(m[0].clamp_floor, norm().clamp_floor) and (m[0].window_grad==0).all()   # at once, where code may be compiled that cannot look
+        m.load_state_dict(sd)
     else:
         for name,sub in m.named_modules():
             for k in [*sub._parameters,*sub._buffers]:
