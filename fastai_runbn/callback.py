@@ -191,7 +191,7 @@ def lengthen(self:RunBNCallback):
     if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and (n := 3*ranks*acc.n_acc)>default_window.samples: self._window = n
     for r in self.report.running:
         m = unwrapped(self.learn.model).get_submodule(r.name)
-        if r.why or hasattr(m, '_unscheduled') or m.window==self._window: continue      # a schedule goes first
+        if r.why or getattr(m, 'unscheduled', None) is not None or m.window==self._window: continue      # a schedule goes first
         if m.window in (default_window,old): m.set_settings(window=self._window)      # and so does a layer's own
 
 # %% ../nbs/06_callback.ipynb #3c1b2225

@@ -7,7 +7,7 @@ __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'unwrapped', 'in
 
 # %% ../nbs/07_distributed.ipynb #ac011d2d
 import math
-from functools import partial
+from functools import lru_cache
 from typing import NamedTuple
 import torch, torch.distributed as dist
 from torch import nn, Tensor
@@ -16,8 +16,9 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import AutoMomentum,SampleWindow,average_share,head_start,lesson10_weight,merge_moments,trust,window_share,window_weight
-from .functional import State,_above,_number,choose_path,count_batch
+from .moments import AutoMomentum,SampleWindow,auto_momentum,average_share,head_start,lesson10_weight,merge_moments,trust,window_share,window_weight
+from .formulas import Saved,State,react,to_save
+from .functional import OwnWindow,own_window
 from .layers import RunningBatchNormMixin
 
 # %% ../nbs/07_distributed.ipynb #6f7a23d6
@@ -80,6 +81,14 @@ def wire(self:_Pack, device, rows=6):
     "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
     flat = torch.zeros(rows*self.C+3*self.L, dtype=torch.float64, device=device)
     return flat,flat[:rows*self.C].view(rows, self.C),flat[rows*self.C:].view(3, self.L)
+
+def _number(value, like):
+    "`value` as a scalar tensor, made once"
+    return value if value is None or torch.is_tensor(value) else _full(float(value), like.dtype, like.device)
+
+@lru_cache(maxsize=1024)
+def _full(value, dtype, device):
+    with torch.inference_mode(False): return torch.full((), value, dtype=dtype, device=device)
 
 def _rounds(notes):
     "Notes, the number of a layer first, as dicts in each of which a layer is once at most"
@@ -192,9 +201,8 @@ def unless_changed(self:_Pack, new):
     return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/07_distributed.ipynb #7bceddcb
-class WindowSync(Joinable):
+class WindowSync(OwnWindow, Joinable):
     "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
-    of_empty = False # Does an empty batch take part, too?
     def __init__(self,
         model:nn.Module, # With running norms, without DistributedDataParallel around it
         group=None, # Process group; default: all ranks
@@ -207,7 +215,7 @@ class WindowSync(Joinable):
         self.model,self.group,self.hold,self.handle = model,dist.group.WORLD if group is None else group,False,None
         self.rank,self.world,self.number = dist.get_rank(self.group),dist.get_world_size(self.group),{l:i for i,l in enumerate(found)}
 
-    def __reduce__(self): return type(None),() # a copy of a model is not in the group
+    def __reduce__(self): return own_window.__class__,() # a copy of a model is not in the group
     @property
     def device(self): return self.pack.layers[0].window_mean.device
     def __repr__(self): return f'{type(self).__name__}({len(self.names)} norms, {self.pack.C} channels, rank {self.rank} of {self.world})'
@@ -269,26 +277,26 @@ def attach(self:WindowSync):
     self.check()
     self.share()
     self._run = torch.compiler.disable(self._run)
-    for l in self.pack.layers: l._sync = self
+    for l in self.pack.layers: l.keeper = self
     return self
 
 @patch
 def detach(self:WindowSync):
     "End: merge what is on its way, and leave each layer a window of its own"
     self.settle(drop=True)
-    for l in self.pack.layers: vars(l).pop('_sync', None)
+    for l in self.pack.layers: vars(l).pop('keeper', None)
     if self.handle is not None: self.handle.remove()
 
 @patch
-def _run(self:WindowSync, layer, x):
+def _run(self:WindowSync, layer, x, act=None):
     if not dist.is_initialized(): # the processes have parted
         self.detach()
-        return layer(x)
+        return layer.normalized(x, act)
     self.settle()
-    return layer._normalized(x, self)
+    return layer.train_forward(x, act)
 
 @patch
-def __call__(self:WindowSync, layer, x): return self._run(layer, x)
+def __call__(self:WindowSync, layer, x, act=None): return self._run(layer, x, act)
 
 @patch
 def check_join(self:WindowSync):
@@ -299,45 +307,54 @@ def check_join(self:WindowSync):
 _no_join = ("join of uneven inputs: the running norms have a collective of their own, which a rank that has run out has to join, too. "
     "Put `with Join([net, sync]):` (of torch.distributed.algorithms.join) in the place of `with net.join():`, where sync is what `sync_window` returned.")
 
-@patch
-def path(self:WindowSync, layer, x): return choose_path(x, layer.window_mean, 'plain' if layer.backend=='plain' or x.numel()==0 else 'auto')
-
 # %% ../nbs/07_distributed.ipynb #d15bda20
 class LayerSync(WindowSync):
     "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
-    mode,of_empty = 'layer',True
+    mode,takes_empty = 'layer',True
     def __init__(self, model, group=None):
         super().__init__(model, group)
         self.packs = {l:_Pack([l]) for l in self.pack.layers}
     def settle(self, drop=False): pass
     def join_hook(self, **kwargs): raise RuntimeError("sync='layer' cannot join uneven inputs: a rank that has run out would have to follow every layer of the others. Use sync='step', or drop the last batches.")
 
-    def count(self, layer, m, v, bs, M, a, clamped, clipped, look):
-        "Statistics to normalise with, after the batches of all ranks are merged into the window"
+    def forward(self, layer, how, x, weight, bias, state, step):
+        "Normalise with the window, after the batches of all ranks are merged in"
         self.check_join()
         layer.refresh_window()
+        pack,M = self.packs[layer],x.numel()//x.shape[1]
+        with torch.no_grad():
+            m,v = how.moments(x)
+            old = pack.read()
+            flat,sums,head = pack.wire(m.device, 3)
+            pack.add_moments(sums, head, [(0, m, v, M, step.samples)], old.mean)
+            dist.all_reduce(flat, group=self.group)
+            new,m,v,share = pack.merge(old, sums, head, pack.rules())
+            if step.update: pack.write(new)
+            seen,floors = new.seen if step.inclusive else old.seen,state.floors
+            floor = floors.index_select(0, seen.clamp(max=len(floors)-1))[0] if step.clamped else None
+            values = [t.to(state.mean.dtype) for t in (new.mean,new.var,share,m,v)]
+            saved = to_save(*values, floor, step)
+            return how.normalize(x, weight, bias, saved, step),saved
+
+    def backward(self, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
+        "Gradients, with the reaction of what all ranks have summed"
+        sums = how.sums(dy, x, weight, bias, saved, step)
+        total,n = self.pool(layer, sums, x.numel()//x.shape[1])
+        paid = step.running_grad
+        if torch.is_tensor(paid) or paid: paid = (paid*trust(n)).to(sums.dtype)
+        G = react(total, n, saved, running, step._replace(running_grad=paid), scale)
+        return how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None,sums
+
+    def pays(self, layer, M): return layer.running_grad # by what is pooled, in the backward
+
+    def pool(self, layer, sums, M):
+        "The sums of all ranks, and over how many values of each channel"
         pack = self.packs[layer]
-        old = pack.read()
-        flat,sums,head = pack.wire(m.device, 3)
-        pack.add_moments(sums, head, [(0, m, v, M, bs)], old.mean)
+        flat,total,_ = pack.wire(sums.device, 3)
+        pack.add_gradients(total, [(0, sums, M)], sums.double())
         dist.all_reduce(flat, group=self.group)
-        new,m,v,rho = pack.merge(old, sums, head, pack.rules())
-        if not layer.is_held(): pack.write(new)
-        seen = new.seen if layer.clamp_inclusive else old.seen
-        floor = layer.clamp_floor.index_select(0, seen.clamp(max=len(layer.clamp))) if clamped else None
-        return _above(*[t.to(layer.window_mean.dtype) for t in (m,v,new.mean,new.var,rho)], floor, layer.eps, clipped)
-
-    def gradient(self, layer, x): return layer.running_grad,layer.window_grad,partial(self.pool, layer)
-
-    def pool(self, layer, dbias, dweight, M, share, factor, clamped, unpaid, scale):
-        "The sums of all ranks, and what they count"
-        pack,like = self.packs[layer],dbias.double()
-        flat,sums,_ = pack.wire(dbias.device, 3)
-        pack.add_gradients(sums, [(0, torch.stack((dbias,dweight)), M)], like)
-        dist.all_reduce(flat, group=self.group)
-        n = torch.where(sums[0]>0, sums[0], math.nan) # no rank's is finite: stays out
-        if torch.is_tensor(share) or share: share = (share*trust(n)).to(dbias.dtype)
-        return *[t.to(dbias.dtype) for t in (sums[1],sums[2],n)],share
+        n = torch.where(total[0]>0, total[0], math.nan) # no rank's is finite: stays out
+        return total[1:].to(sums.dtype),n.to(sums.dtype)
 
 # %% ../nbs/07_distributed.ipynb #2aeed99e
 class _AfterForward:
@@ -353,11 +370,6 @@ class _Shadow(JoinHook):
     def post_hook(self, is_last_joiner): self.sync.settle()
 
 # %% ../nbs/07_distributed.ipynb #b08814c2
-class _Local(NamedTuple):
-    "A rank's own continuation of the shared window, until the step's is merged"
-    state:State
-    grad:Tensor
-
 class StepSync(WindowSync):
     "Each rank normalises with the shared window and its own batch; one collective after the backward, merged before the next forward"
     mode = 'step'
@@ -394,37 +406,42 @@ def opened(self:StepSync):
             self.local = {}
             for l,(*wide,grad,batches,seen,skipped) in zip(self.pack.layers, parts):
                 *wide,grad = [t.to(l.window_mean.dtype) for t in (*wide,grad)]
-                self.local[l] = _Local(State(*wide, batches.view(()), seen, skipped.view(()), l.clamp_floor), grad)
+                self.local[l] = State(*wide, batches.view(()), seen, skipped.view(()), l.clamp_floor, grad)
     return self.local
 
 @patch
-def count(self:StepSync, layer, m, v, bs, M, a, clamped, clipped, look):
-    "Statistics to normalise with: the shared window, and this rank's batches of the step"
+def state(self:StepSync, layer): return self.opened()[layer]
+
+@patch
+def pays(self:StepSync, layer, M): return layer.pays(self.world*M)
+
+@patch
+def forward(self:StepSync, layer, how, x, weight, bias, state, step):
+    "Normalise with the shared window and this rank's batches of the step, and take note of the batch"
     ddp = DistributedDataParallel._active_ddp_module
     self.skip = ddp is not None and not ddp.require_backward_grad_sync
     self.check_join()
     self.queued = self.queued and torch._C._current_graph_task_id()!=-1
-    s = self.opened()[layer].state
-    update = not layer.is_held()
-    if update: self.forwards.append((self.number[layer], m, v, M, bs))
-    return count_batch(m, v, bs, M, a, None, s, layer.eps, layer.clamp_inclusive, clamped, clipped, look, update=update)
+    trains = x.requires_grad or weight is not None and weight.requires_grad
+    self.awaits = self.awaits or torch.is_grad_enabled() and trains
+    y,saved = how.forward(x, weight, bias, state, step._replace(average=None, momentum=auto_momentum))
+    if step.update:
+        m,v = saved[4:6]
+        self.forwards.append((self.number[layer], m, v, x.numel()//x.shape[1], step.samples))
+    return y,saved
 
 # %% ../nbs/07_distributed.ipynb #5450a755
 @patch
-def gradient(self:StepSync, layer, x):
-    "Credit, running gradient and what takes note of this batch's in the backward"
-    self.awaits = self.awaits or torch.is_grad_enabled() and (x.requires_grad or layer.affine and layer.weight.requires_grad)
-    return layer.running_grad*trust(self.world*x.numel()//x.shape[1]),self.opened()[layer].grad,partial(self.note, self.number[layer])
-
-@patch
-def note(self:StepSync, i, dbias, dweight, M, share, factor, clamped, unpaid, scale):
-    "Take note of a layer's sums in each backward, and of what they are sums of in the first"
+def backward(self:StepSync, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
+    "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
     self.queue()
-    layer = self.pack.layers[i]
-    if (torch.is_tensor(share) or share) and not layer.is_held():
-        sums = torch.stack((dbias, dweight*(factor>0) if clamped else dweight))
-        self.backwards.append((i, sums if scale is None else sums/scale, M*unpaid))
-    return dbias,dweight,M,share
+    unpaid = saved[-1,0].clone()
+    dx,sums = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
+    if (torch.is_tensor(step.running_grad) or step.running_grad) and step.update:
+        noted = torch.stack((sums[0], sums[1]*(Saved(*saved).factor>0)))
+        M = x.numel()//x.shape[1]
+        self.backwards.append((self.number[layer], noted if scale is None else noted/scale, M*unpaid))
+    return dx,sums
 
 @patch
 def queue(self:StepSync, *_):
@@ -514,7 +531,8 @@ def window_sync(
     model:nn.Module, # Any model
 )->WindowSync|None: # Where `sync_window` was called for it
     "What keeps the windows of `model` equal on all ranks, if there is something"
-    return next((m._sync for m in model.modules() if getattr(m, '_sync', None) is not None), None)
+    keepers = (getattr(m, 'keeper', None) for m in model.modules())
+    return next((k for k in keepers if isinstance(k, WindowSync)), None)
 
 def sync_window(
     model:nn.Module, # With running norms; wrapped in DistributedDataParallel or not

@@ -60,7 +60,7 @@ class RunBNRecorder(Callback):
         if hasattr(self.learn, 'lr_finder'): return
         bs,due = find_bs(self.learn.xb),self.batches%self.every==0
         for n,m in self.norms.items():
-            if '_unscheduled' in vars(m) or self.samples<len(m.clamp): self._count_floored(n, m, bs)
+            if m.unscheduled is not None or self.samples<len(m.clamp): self._count_floored(n, m, bs)
             if due: self._record(n, m)
         self.batches,self.samples = self.batches+1,self.samples+bs
 

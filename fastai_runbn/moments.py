@@ -32,13 +32,13 @@ def lesson10_weight(
     return mom if bs<=1 else 1-(1-mom)/math.sqrt(bs-1)
 
 # %% ../nbs/01_moments.ipynb #d244d3dc
-def _at_most_1(a): return a.clamp(max=1) if torch.is_tensor(a) else min(1., a)
+def at_most_1(a): return a.clamp(max=1) if torch.is_tensor(a) else min(1., a)
 
 def trust(
     M:int|Tensor, # Values per channel in a batch
 )->float|Tensor: # In [0,1]
     "How far to trust what is averaged over so few values: in full from 32 on"
-    return _at_most_1(M/32)
+    return at_most_1(M/32)
 
 @dataclass(frozen=True)
 class SampleWindow:
@@ -53,7 +53,7 @@ class SampleWindow:
     def length(self, M:int|Tensor=None)->float|Tensor:
         "Length in samples for `M` values per channel"
         return self.samples if self.few is None or M is None else self.few+(self.samples-self.few)*trust(M)
-    def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor: return _at_most_1(bs/self.length(M))
+    def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor: return at_most_1(bs/self.length(M))
 
 # %% ../nbs/01_moments.ipynb #389223af
 def window_weight(
@@ -62,7 +62,7 @@ def window_weight(
     M:int|Tensor, # Values per channel in the batch
 )->float|Tensor: # Weight $a$ of the batch, in (0,1]; a tensor for tensors
     "Weight of a batch by the `window` setting of a layer"
-    return window(bs, M) if callable(window) else _at_most_1(bs/window)
+    return window(bs, M) if callable(window) else at_most_1(bs/window)
 
 # %% ../nbs/01_moments.ipynb #31db3a63
 def window_share(

@@ -52,7 +52,7 @@ def _share_settings(model, names):
     "Give the running norms of `model` tensors in the place of the settings `names`; all of those tensors, by name"
     shared = {n:{} for n in names}
     for m in running_norms(model):
-        m._unscheduled = m.settings()
+        m.unscheduled = m.settings()
         if 'floor' in shared:
             m.set_settings(clamp=[0.])
             shared['floor'][m] = m.clamp_floor
@@ -65,7 +65,7 @@ def _share_settings(model, names):
 def unschedule(model):
     "Give the running norms of `model` back the settings that they had before a schedule"
     for m in running_norms(model):
-        if (old:=vars(m).pop('_unscheduled', None)) is not None:
+        if (old:=vars(m).pop('unscheduled', None)) is not None:
             m.window,m.running_grad = old['window'],old['running_grad']
             m.set_settings(**old)
 

@@ -19,7 +19,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 from fastcore.basics import listify,patch
-from . import layers
+from . import twins
 from .moments import AutoMomentum,auto_momentum
 from .layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,RunningSyncBatchNorm,runbn_settings
 
@@ -32,8 +32,8 @@ def norm_twin(
 )->type|None: # The running norm that takes its place, or None
     "The twin of exactly the class `cls`"
     if cls not in norm_twins:
-        lazy = next((n for n,(module,old,*_) in layers._elsewhere.items() if (cls.__module__,cls.__qualname__)==(module,old)), None)
-        if lazy: register_norm(cls, getattr(layers, lazy))
+        lazy = twins.twin_of(cls)
+        if lazy: register_norm(cls, lazy)
     return norm_twins.get(cls)
 
 def register_norm(

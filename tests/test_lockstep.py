@@ -1,9 +1,8 @@
 "The layer with lesson 10's settings, step by step beside the reference: outputs, gradients and state, float64"
-import shutil
 import numpy as np,pytest,torch
-from fastai_runbn import functional
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,LESSON10
 from fastai_runbn.reference import ReferenceRunningBatchNorm
+from impls import backends,names
 
 C = 5
 cases = {'1d (N,C)':(RunningBatchNorm1d,()), '1d (N,C,L)':(RunningBatchNorm1d,(7,)), '2d':(RunningBatchNorm2d,(4,3)), '3d':(RunningBatchNorm3d,(2,3,2))}
@@ -12,19 +11,13 @@ def close(a, b, what):
     err = ((a-b).abs()/b.abs().clamp(min=1)).max().item()
     assert err < 1e-10, f'{what}: off by {err:.1e}'
 
-needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
-paths = ['plain','aten','aten, as large maps',pytest.param('compiled', marks=needs_compiler)]
+each_backend = pytest.mark.parametrize('backend', backends)
 
-@pytest.fixture(params=paths)
-def path(request, monkeypatch):
-    "The backend to ask for; `aten` has another way for large maps, taken here for small ones"
-    if request.param.endswith('large maps'): monkeypatch.setattr(functional, '_small', 0)
-    return request.param.split(',')[0]
-
+@each_backend
 @pytest.mark.parametrize('case,affine,layout', [(c,a,l) for c in cases for a,l in ((True,'contiguous'),(True,'channels_last'),(False,'contiguous')) if l=='contiguous' or c in ('2d','3d')])
-def test_300_steps(case, affine, layout, path):
+def test_300_steps(case, affine, layout, backend):
     cls,space = cases[case]
-    ours = cls(C, affine=affine, dtype=torch.float64, backend=path, **LESSON10)
+    ours = cls(C, affine=affine, dtype=torch.float64, backend=backend, **LESSON10)
     ref = ReferenceRunningBatchNorm(C, affine=affine).double()
     if affine:
         with torch.no_grad():
@@ -44,13 +37,14 @@ def test_300_steps(case, affine, layout, path):
         S,Q,n = [b.detach() for b in (ref.sums,ref.sqrs,ref.count)]
         close(ours.window_mean, S/n, f'mean, {at}'); close(ours.window_var, Q/n-(S/n)**2, f'variance, {at}'); close(ours.window_count, n.expand(C), f'count, {at}')
         assert ours.samples_seen.item() == ref.batch.item() and ours.num_batches_tracked.item() == ref.step.item()
-    assert ours.path==path
+    assert ours.path==names[backend]
     x = torch.randn(3,C,*space).double()
     close(ours.eval()(x), ref.eval()(x), 'output in evaluation')
 
-def test_float32_agrees_to_float32(path):
+@each_backend
+def test_float32_agrees_to_float32(backend):
     "The same in float32, where the reference can do it: means of the order of the standard deviation"
-    ours,ref = RunningBatchNorm2d(C, backend=path, **LESSON10),ReferenceRunningBatchNorm(C)
+    ours,ref = RunningBatchNorm2d(C, backend=backend, **LESSON10),ReferenceRunningBatchNorm(C)
     for _ in range(100):
         x = torch.randn(2,C,4,4)
         torch.testing.assert_close(ours(x), ref(x), atol=1e-4, rtol=1e-4)

@@ -77,7 +77,7 @@ def test_positional_arguments_are_batch_norms():
     assert (rbn.eps, rbn.momentum, rbn.affine, rbn.running_mean.is_meta, rbn.window_mean.is_meta, rbn.window_mean.dtype) == (1e-3,.2,False,True,True,torch.float64)
 
 def test_repr_tells_every_setting():
-    settings = dict(window=SampleWindow(30), momentum=.03, running_grad=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True, backend='plain')
+    settings = dict(window=SampleWindow(30), momentum=.03, running_grad=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True, backend='formulas')
     assert settings.keys() == runbn_settings().keys()
     text = repr(RunningBatchNorm2d(3, **settings))
     for part in ('window=SampleWindow(30)','momentum=0.03','running_grad=0.25','eval_window=77','clamp=0.3 to 0.2 in 2 samples','clamp_inclusive=True','persistent_window=True'): assert part in text
@@ -173,7 +173,7 @@ def test_copies_after_a_training_forward(copy):
     a(batch().requires_grad_())                                         # a graph is alive
     b = copy(a)
     same_state(a, b)
-    assert not any(o.requires_grad for o in b.buffers()) and not b._recent
+    assert not any(o.requires_grad for o in b.buffers()) and not b.recent.saved
     x = batch()
     assert torch.equal(a(x), b(x))
     same_state(a, b)
