@@ -360,6 +360,7 @@ class LayerSync(WindowSync):
 class _AfterForward:
     "Hook of the model's forward; in a copy of the model it does nothing"
     def __init__(self, sync=None): self.sync = sync
+    def __reduce__(self): return _AfterForward,()
     def __call__(self, module, args, output):
         if self.sync is not None and module.training: self.sync.after_forward(output)
 
@@ -405,7 +406,7 @@ def opened(self:StepSync):
             parts = zip(*[t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:7]], *[t.clone().split(1) for t in f[7:]])
             self.local = {}
             for l,(*wide,grad,batches,seen,skipped) in zip(self.pack.layers, parts):
-                *wide,grad = [t.to(l.window_mean.dtype) for t in (*wide,grad)]
+                *wide,grad = [t.to(l.window_mean.dtype).contiguous() for t in (*wide,grad)]
                 self.local[l] = State(*wide, batches.view(()), seen, skipped.view(()), l.clamp_floor, grad)
     return self.local
 

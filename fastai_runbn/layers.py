@@ -78,7 +78,7 @@ class RecentBatches:
 window_buffers = ('window_mean','window_var','window_count','window_grad','eval_steps',
     'samples_seen','skipped_batches','known_mean','known_var')
 state_buffers = ('window_mean','window_var','window_count','running_mean','running_var','eval_steps',
-    'num_batches_tracked','samples_seen','skipped_batches','clamp_floor','window_grad','known_mean','known_var') # of `State`
+    'num_batches_tracked','samples_seen','skipped_batches','window_grad','known_mean','known_var') # as in `State`
 
 @lru_cache(maxsize=256)
 def _floors(clamp, dtype, device):
@@ -96,21 +96,21 @@ class WindowBuffers:
         values = (new(C), new(C), new(C), new(2,C), new(C), new(1).long(), new(()).long(),
             torch.zeros_like(mean), torch.zeros_like(mean))
         for name,value in zip(window_buffers, values): self.register_buffer(name, value, persistent=self.persistent_window)
-        self.register_buffer('clamp_floor', new(len(self.clamp)+1), persistent=False)
-        self.recent = RecentBatches()
+        self.set_floors()
         self.seed_window()
 
     def drop_window(self):
         "Remove the buffers"
         self.keeper.detach()
-        for name in (*window_buffers,'clamp_floor'):
+        for name in window_buffers:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        vars(self).pop('recent', None)
+        for name in ('recent','clamp_floor'): vars(self).pop(name, None)
 
     def state(self)->State:
-        "The buffers"
-        return State(*[self._buffers[o] for o in state_buffers])
+        "The buffers, and the floors of `clamp`"
+        b = self._buffers
+        return State(*[b[o] for o in state_buffers[:9]], self.clamp_floor, *[b[o] for o in state_buffers[9:]])
 
     @torch.no_grad()
     def seed_window(self,
@@ -120,19 +120,19 @@ class WindowBuffers:
         if where is None:
             self.keeper.settle(drop=True)
             self.recent = RecentBatches()
-            self.fill_floors()
         seed(self.state(), True if where is None else where)
 
-    def fill_floors(self):
-        "Put `clamp` into its buffer, and 0 after its end"
-        floors = self.clamp_floor
-        if type(floors) is Tensor: floors.copy_(_floors(self.clamp, floors.dtype, floors.device))
-        else: floors.copy_(floors.new_tensor((*self.clamp,0.)))
+    def set_floors(self):
+        "Make `clamp_floor` of `clamp`: no buffer, for it can be made again at any time"
+        like = self.window_mean
+        if type(like) is Tensor: self.clamp_floor = _floors(self.clamp, like.dtype, like.device)
+        else: self.clamp_floor = like.new_tensor((*self.clamp,0.))
 
     def window_fits(self)->bool:
         "Are the window's buffers such as the statistics are?"
         pairs = (self.running_mean,self.known_mean),(self.running_var,self.known_var)
-        return all(a is not None and a.shape==b.shape and a.dtype==b.dtype and a.device==b.device for a,b in pairs)
+        return self.clamp_floor.device==self.window_mean.device and all(
+            a is not None and a.shape==b.shape and a.dtype==b.dtype and a.device==b.device for a,b in pairs)
 
     @torch.no_grad()
     def refresh_window(self):
@@ -161,13 +161,14 @@ class WindowBuffers:
 
     def _apply(self, fn, recurse=True):
         self.keeper.settle(drop=True)
-        old = {n:self._buffers[n] for n in (*window_buffers,'clamp_floor')}
+        old = {n:self._buffers[n] for n in window_buffers}
         super()._apply(fn, recurse)
         for n in old.keys()-{'known_mean','known_var'}:
             new = self._buffers[n]
             if new.is_floating_point() and new.itemsize<4: self._buffers[n] = old[n].to(new.device)
         filled = old['window_mean'].is_meta and not self.window_mean.is_meta
         if filled and self.running_mean is not None: self.make_window()
+        self.set_floors()
         self.recent = RecentBatches()
         return self
 
@@ -228,8 +229,7 @@ class RunningBatchNormMixin(WindowBuffers):
     def set_settings(self, **settings):
         "Change some settings (of `runbn_settings`); the others, the window and the statistics stay"
         vars(self).update(runbn_settings(**{**self.settings(), **settings}))
-        self.clamp_floor = self.clamp_floor.new_empty(len(self.clamp)+1)
-        self.fill_floors()
+        self.set_floors()
         if self.persistent_window: self._non_persistent_buffers_set -= set(window_buffers)
         else:                      self._non_persistent_buffers_set |= set(window_buffers)
 

@@ -55,7 +55,7 @@ def _share_settings(model, names):
         m.unscheduled = m.settings()
         if 'floor' in shared:
             m.set_settings(clamp=[0.])
-            shared['floor'][m] = m.clamp_floor
+            shared['floor'][m] = m.clamp_floor = m.clamp_floor.clone()
         for n in names-{'floor'}:
             where = m.window_mean.device,m.window_mean.dtype
             if where not in shared[n]: shared[n][where] = m.window_mean.new_zeros(())

@@ -188,8 +188,10 @@ class Kernels(Formulas):
         dx,affine = torch.empty_like(x_) if need_dx else None,[_as(t, saved) for t in (weight,bias)]
         sums,G = torch.empty((2,2,x.shape[1]), dtype=saved.dtype)
         phases = SUMS|REACT|DX if need_dx else SUMS|REACT
+        grad = _as(running, saved)
         call(kernels.runbn_backward, phases, x_, last, *affine, dx, saved, step,
-            _no_state._replace(grad=running), like(dy, x_, last), sums, G, scale)
+            _no_state._replace(grad=grad), like(dy, x_, last), sums, G, scale)
+        if grad is not running: running.copy_(grad)
         return dx if dx is None or dx.dtype==x.dtype else dx.to(x.dtype),sums
 
 def _as(t, like): return t if t is None or t.dtype==like.dtype and t.is_contiguous() else t.to(like.dtype).contiguous()
