@@ -343,9 +343,10 @@ class LayerSync(WindowSync):
         paid = step.running_grad
         if torch.is_tensor(paid) or paid: paid = (paid*trust(n)).to(sums.dtype)
         G = react(total, n, saved, running, step._replace(running_grad=paid), scale)
-        return how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None,sums
+        dx = how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
+        return dx,sums[1],sums[0]
 
-    def pays(self, layer, M): return layer.running_grad # by what is pooled, in the backward
+    def pooled(self, M): return math.inf # in full; the backward sees how many there are
 
     def pool(self, layer, sums, M):
         "The sums of all ranks, and over how many values of each channel"
@@ -414,7 +415,7 @@ def opened(self:StepSync):
 def state(self:StepSync, layer): return self.opened()[layer]
 
 @patch
-def pays(self:StepSync, layer, M): return layer.pays(self.world*M)
+def pooled(self:StepSync, M): return self.world*M
 
 @patch
 def forward(self:StepSync, layer, how, x, weight, bias, state, step):
@@ -437,12 +438,12 @@ def backward(self:StepSync, layer, how, dy, x, weight, bias, saved, running, ste
     "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
     self.queue()
     unpaid = saved[-1,0].clone()
-    dx,sums = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
+    dx,dweight,dbias = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
     if (torch.is_tensor(step.running_grad) or step.running_grad) and step.update:
-        noted = torch.stack((sums[0], sums[1]*(Saved(*saved).factor>0)))
+        noted = torch.stack((dbias, dweight*(Saved(*saved).factor>0)))
         M = x.numel()//x.shape[1]
         self.backwards.append((self.number[layer], noted if scale is None else noted/scale, M*unpaid))
-    return dx,sums
+    return dx,dweight,dbias
 
 @patch
 def queue(self:StepSync, *_):

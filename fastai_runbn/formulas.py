@@ -23,7 +23,7 @@ class State(NamedTuple):
     known_var:Tensor=None  # `avg_var` as last written
 
 class Step(NamedTuple):
-    "The numbers of one call"
+    "The numbers of one call; equal only to itself, for tensors among them may change"
     samples:int              # Samples in the batch
     weight:float|Tensor      # Weight $a$ of the batch in the window, in (0,1], a number, scalar or `(C,)`
     average:float|Tensor|None=None # Its weight in the full average; `None`: the average is the window
@@ -36,6 +36,9 @@ class Step(NamedTuple):
     act:str=None             # Activation of the result: 'relu', 'silu' or none
     clip:float=4.            # A batch pays `clip` over the mean square of its normalised values …
     clip_max:float=1.        # … of what is owed in the scale, and this at most
+    def __eq__(self, other): return self is other
+    def __ne__(self, other): return self is not other
+    def __hash__(self): return id(self)
 
 class Saved(NamedTuple):
     "What a forward leaves to its backward, `(C,)` each: rows of one tensor `(7,C)`"
@@ -250,8 +253,9 @@ class Formulas:
         step:Step, # Numbers of the forward
         scale:Tensor|float=None, # The loss was multiplied with this
         need_dx:bool=True, # Is the gradient of `x` wanted?
-    )->tuple: # That gradient or `None`, and the sums: gradients of bias and weight, `(2,C)`
+    )->tuple: # That gradient or `None`, those of weight and bias
         "Gradients, through what is normalised with too; updates the running gradient"
         sums = cls.sums(dy, x, weight, bias, saved, step)
         G = react(sums, x.numel()//x.shape[1], saved, running, step, scale)
-        return cls.dx(dy, x, weight, bias, saved, G, step) if need_dx else None,sums
+        dx = cls.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
+        return dx,sums[1],sums[0]

@@ -52,7 +52,7 @@ _schemas = dict(
     forward='(Tensor x, Tensor? weight, Tensor? bias, '+_mutated+', Tensor floors, Tensor grad, '
         f'Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var, {_step_schema}) -> (Tensor, Tensor)',
     backward='(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved, Tensor(running!) running, '
-        f'Tensor? scale, bool need_dx, {_step_schema}) -> (Tensor, Tensor)')
+        f'Tensor? scale, bool need_dx, {_step_schema}) -> (Tensor, Tensor, Tensor)')
 
 def _to_operator(step, like):
     "A `Step` as the operators take it"
@@ -74,13 +74,14 @@ def _forward_meta(x, weight, bias, mean, *_):
     return torch.empty_like(x),mean.new_empty((7,x.shape[1]))
 
 def _backward(dy, x, weight, bias, saved, running, scale, need_dx, *step):
-    state = State(*[running]*9, None, running)
-    dx,sums = implementation(x, state).backward(dy, x, weight, bias, saved, running,
+    state = State(*[running]*9, running[0], running)
+    dx,*grads = implementation(x, state).backward(dy, x, weight, bias, saved, running,
         _from_operator(*step), scale, need_dx)
-    return dx if need_dx else x.new_empty(0),sums
+    return dx if need_dx else x.new_empty(0),*grads
 
 def _backward_meta(dy, x, weight, bias, saved, running, scale, need_dx, *_):
-    return torch.empty_like(x) if need_dx else x.new_empty(0),saved.new_empty((2,x.shape[1]))
+    sums = [saved.new_empty(x.shape[1]) for _ in range(2)]
+    return torch.empty_like(x) if need_dx else x.new_empty(0),*sums
 
 library = torch.library.Library('fastai_runbn', 'FRAGMENT') # `custom_op` adds 80 ms to an import
 def define_operators():
@@ -104,9 +105,9 @@ class Operators(Formulas):
     @classmethod
     @torch.no_grad()
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        dx,sums = torch.ops.fastai_runbn.backward(dy, x, weight, bias, saved, running, scale,
+        dx,*grads = torch.ops.fastai_runbn.backward(dy, x, weight, bias, saved, running, scale,
             need_dx, *_to_operator(step, saved))
-        return dx if need_dx else None,sums
+        return dx if need_dx else None,*grads
 
 # %%
 class LossScale:
@@ -165,7 +166,7 @@ class OwnWindow:
     def settle(self, drop=False): pass
     def detach(self): pass
     def state(self, layer): return layer.state()
-    def pays(self, layer, M): return layer.pays(M)
+    def pooled(self, M): return M # values per channel that are trusted in together
     def forward(self, layer, how, x, weight, bias, state, step):
         return how.forward(x, weight, bias, state, step)
     def backward(self, layer, how, *args): return how.backward(*args)
@@ -210,9 +211,11 @@ def _gradients(ctx, dy, x, weight, bias, saved):
     need_x,need_w,need_b = ctx.needs_input_grad[:3]
     pays = torch.is_tensor(step.running_grad) or step.running_grad
     scale = LossScale.of(said, x, running) if pays else None
-    dx,sums = keeper.backward(layer, how, dy, x, weight, bias, saved, running, step, scale, need_x)
+    dx,dweight,dbias = keeper.backward(layer, how, dy, x, weight, bias, saved, running, step, scale, need_x)
     if paid is not None: paid()
-    return dx,sums[1].to(weight.dtype) if need_w else None,sums[0].to(ctx.bias_dtype) if need_b else None
+    return dx,_as(dweight, weight.dtype) if need_w else None,_as(dbias, ctx.bias_dtype) if need_b else None
+
+def _as(t, dtype): return t if t.dtype is dtype else t.to(dtype)
 
 # %%
 class _Once(Function):

@@ -130,9 +130,11 @@ class WindowBuffers:
 
     def window_fits(self)->bool:
         "Are the window's buffers such as the statistics are?"
-        pairs = (self.running_mean,self.known_mean),(self.running_var,self.known_var)
-        return self.clamp_floor.device==self.window_mean.device and all(
-            a is not None and a.shape==b.shape and a.dtype==b.dtype and a.device==b.device for a,b in pairs)
+        b = self._buffers
+        mean,var,known = b['running_mean'],b['running_var'],b['known_mean']
+        if mean is None or var is None: return False
+        return (mean.shape==known.shape==var.shape and mean.dtype is known.dtype is var.dtype
+            and mean.device==known.device==var.device==self.clamp_floor.device)
 
     @torch.no_grad()
     def refresh_window(self):
@@ -189,6 +191,14 @@ _many_rows = 256
 _rows_are_not_samples = ("{} got {} rows, `(N,C)` with C={}, which is taken for one sample with so many points. Where that is not so, say how many samples "
     "a batch has: `set_batch_size(model, n)`, or train with RunBNCallback, which knows.")
 
+def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, eps, clamped, inclusive, update, act):
+    "A `Step` of settings and sizes; the running gradient trusts in the values of all processes together"
+    average = None if eval_window is None else at_most_1(bs/eval_window)
+    if torch.is_tensor(running_grad) or running_grad: running_grad = running_grad*trust(pooled)
+    return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
+        inclusive, update, act)
+_step_once = lru_cache(maxsize=1024, typed=True)(_step) # an `AutoMomentum` is not the number that it equals
+
 class RunningBatchNormMixin(WindowBuffers):
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
     path = None # How the last training forward was computed: 'cpu', 'formulas', …
@@ -244,12 +254,13 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def forward(self, x:Tensor)->Tensor:
         "Normalise `x`, `(N,C,*)`: with the window in training, which it updates, and with `running_mean`/`running_var` in evaluation"
+        if isinstance(x, Proxy): return self.as_leaf(x)
         self._check_input_dim(x)
         return self.normalized(x)
 
     def normalized(self, x, act=None):
         "What `forward` returns, with the activation `act` ('relu', 'silu' or none) in training"
-        mean,var = self.running_mean,self.running_var
+        mean,var = self._buffers['running_mean'],self._buffers['running_var']
         if mean is None and var is None: # taken away, as some test-time adaptation does
             return F.batch_norm(x, None, None, self.weight, self.bias, True, 0., self.eps)
         if self.training and (x.numel() or self.keeper.takes_empty): return self.keeper(self, x, act)
@@ -267,13 +278,13 @@ class RunningBatchNormMixin(WindowBuffers):
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
         if not self.window_fits(): self.make_window()
-        state = self.keeper.state(self)
+        state,params = self.keeper.state(self),self._parameters
         how,step,saved,paid = choose(x, state, self.backend),self.step(x, act),None,None
         again = not compiling and self.recent.is_asked()
         if again:
             with torch.no_grad(): saved,paid = self.recent.recall(*how.moments(x))
         call = Call(how, step, state.grad, self.keeper, None if compiling else self, self._said_scale(x), paid)
-        y,saved = running_norm(x, self.weight, self.bias, state, call, saved)
+        y,saved = running_norm(x, params['weight'], params['bias'], state, call, saved)
         if not compiling and not again:
             self.recent.add(saved)
             vars(self).update(path=how.name, last_batch=(x.shape[0],step.samples,x.numel()//x.shape[1]))
@@ -281,19 +292,17 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def step(self, x, act=None)->Step:
         "The numbers of a call with `x`"
-        bs,M,like = self._samples(x),x.numel()//x.shape[1],self.window_mean
-        sizes,window = (bs,M),self.window
+        bs,M,settings = self._samples(x),x.numel()//x.shape[1],(self.window,self.running_grad,self.momentum,
+            self.eval_window,self.eps,bool(self.clamp),self.clamp_inclusive,not self.is_held(),act)
+        pooled = self.keeper.pooled(M)
         if torch.compiler.is_compiling(): # numbers would be compiled in
+            window,like = self.window,self.window_mean
+            sizes = bs,M,pooled
             if not callable(window) or type(window) is SampleWindow or window is lesson10_weight:
                 sizes = [like.new_full((), n) for n in sizes]
-        average = None if self.eval_window is None else at_most_1(sizes[0]/self.eval_window)
-        return Step(bs, window_weight(window, *sizes), average, self.momentum, self.keeper.pays(self, sizes[1]),
-            self.eps, bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)
-
-    def pays(self, M):
-        "The share of the running gradient that is paid by a batch of `M` values per channel"
-        if not torch.is_tensor(self.running_grad) and self.running_grad==0: return 0.
-        return self.running_grad*trust(M)
+            return _step(bs, *sizes, *settings)
+        constant = type(self.running_grad) in (int,float) and type(self.window) in (int,float,SampleWindow)
+        return (_step_once if constant else _step)(bs, bs, M, pooled, *settings)
 
     def is_held(self)->bool:
         "Do training forwards leave statistics, window, counters and running gradient as they are? As in BatchNorm, by `momentum=0` or `track_running_stats=False`"
@@ -315,13 +324,10 @@ class RunningBatchNormMixin(WindowBuffers):
             warnings.warn(_rows_are_not_samples.format(type(self).__name__, rows, len(self.running_mean)), stacklevel=2)
         return 1
 
-    def __call__(self, *args, **kwargs):
-        "A module like any other, but to a tracer of `torch.fx` one that it does not look into, as PyTorch's own are"
-        if not (args and isinstance(args[0], Proxy)): return super().__call__(*args, **kwargs)
-        tracer = args[0].tracer
-        if type(tracer).__name__=='QuantizationTracer': warnings.warn(_quantized.format(type(self).__name__), stacklevel=2)
-        def leaf(*args, **kwargs): return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
-        return tracer.call_module(self, leaf, args, kwargs)
+    def as_leaf(self, x):
+        "What `forward` returns to a tracer of `torch.fx`, which is not to look into it, as into PyTorch's own"
+        if type(x.tracer).__name__=='QuantizationTracer': warnings.warn(_quantized.format(type(self).__name__), stacklevel=2)
+        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(self), (x,), {})
 
     def __prepare_scriptable__(self):
         "What `torch.jit.script` calls first"

@@ -1,5 +1,6 @@
 from importlib import import_module
 from torch import nn
+from torch.fx import Proxy
 from fastai_runbn.moments import auto_momentum
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningSyncBatchNorm
 
@@ -19,6 +20,7 @@ def act_inside(
 
 def _act_forward(self, x):
     "Normalise as a running norm does, then drop and activate as timm's layer does"
+    if isinstance(x, Proxy): return self.as_leaf(x)
     self._check_input_dim(x)
     inside = act_inside(self, x)
     y = self.normalized(x, inside)

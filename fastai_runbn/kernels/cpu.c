@@ -7,6 +7,7 @@
 // without it there is one. What is computed does not depend on how many there are.
 #if !defined ISA // ------------------------------------------------------------ common to all
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,24 +15,27 @@
 typedef int64_t i64;
 typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
-// One call. Tensors are contiguous; those of a channel each are `T`: float, or double for double.
+// One call, as Python packs it. Tensors are contiguous; those of a channel each are `T`: float, or
+// double for double.
 typedef struct {
-    i64 type, isa, N, C, S, last, threads, phases, act;      // last: channels_last
+    // the plan: what stays the same while settings and sizes do
+    i64 type, isa, N, C, S, last, act, samples, flags;       // last: channels last
+    double weight, average, momentum, eps, clip, clip_max, pays;
+    // this call
+    i64 phases, threads, n_floors;
+    double scale;                                            // of the loss
     parallel par;
     const void *x, *dy, *gamma, *beta;                       // (N,C,S) or (N,S,C); gamma, beta: or NULL
-    void *y;                                                 // the result, or dx, or NULL: not wanted
+    void *y;                                                 // the result, or dx
     void *mean, *var, *count, *avg_mean, *avg_var, *steps;   // state, (C,) each
     i64 *batches, *seen, *skipped;
-    const void *floors;                                      // (n_floors,), or NULL: no floor
-    void *grad;                                              // running gradient (2,C), or NULL: none
+    const void *floors;                                      // (n_floors,)
+    void *grad;                                              // running gradient (2,C)
     void *known_mean, *known_var;                            // or NULL: not kept
-    i64 n_floors;
-    const void *weights;                                     // of the batch in the window, (C,), or NULL
-    double weight, average, momentum, eps, clip, clip_max, pays, scale;
-    i64 samples, flags;
+    const void *weights;                                     // of each channel, (C,), or NULL: weight
     void *saved;                                             // (7,C), see below
-    void *sums;                                              // of dy and of dy times x-hat, (2,C)
-    void *G;                                                 // how the statistics react, (2,C)
+    void *dbeta, *dgamma;                                    // sums of dz and of dz times x-hat, (C,)
+    void *G;                                                 // how the statistics react, (2,C), or NULL
     // made here
     i64 M, block, D, width, rows, chunks, together, left_out;
     double floor;
@@ -42,7 +46,8 @@ typedef struct {
 
 enum { MOMENTS = 1, MERGE = 2, NORMALISE = 4, SUMS = 8, REACT = 16, DX = 32 };  // phases
 enum { LINEAR, RELU, SILU };                                                    // act
-enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32 };
+enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32,
+       CLAMPED = 64, RUNNING = 128 };                                           // flags
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4 };                                                              // see cl_sum
 enum { HEAD_START = 9 };                                                        // of moments.py
@@ -106,9 +111,17 @@ enum { ISAS = 1 };
 
 static int (*const forwards[ISAS][3])(call *) = {EACH(forward)};
 static int (*const backwards[ISAS][3])(call *) = {EACH(backward)};
-int runbn_forward(call *p) { return forwards[least(p->isa, ISAS - 1)][p->type](p); }
-int runbn_backward(call *p) { return backwards[least(p->isa, ISAS - 1)][p->type](p); }
-int runbn_size(void) { return sizeof(call); }
+static int dispatch(int (*const by[ISAS][3])(call *), const void *packed) {
+    call c;
+    memcpy(&c, packed, offsetof(call, M));
+    c.memory = NULL;
+    int res = by[least(c.isa, ISAS - 1)][c.type](&c);
+    free(c.memory);
+    return res;
+}
+int runbn_forward(const void *packed) { return dispatch(forwards, packed); }
+int runbn_backward(const void *packed) { return dispatch(backwards, packed); }
+int runbn_size(void) { return offsetof(call, M); }
 
 #elif !defined X // ---------------------------------------------- an instruction set, all types
 #define T float
@@ -231,7 +244,7 @@ INLINE F(affine) F(affine_of)(call *p, i64 c) {
 // Merge the batch into window and average, for channels c0 to c1; saves what to normalise with
 static void F(merge)(call *p, i64 c0, i64 c1) {
     const i64 C = p->C;
-    const int update = p->flags & UPDATE, clipped = p->flags & CLIPPED, floored = p->floors != 0;
+    const int update = p->flags & UPDATE, clipped = p->flags & CLIPPED, floored = p->flags & CLAMPED;
     const int own = p->flags & OWN_AVERAGE, set = p->flags & SET, cum = p->flags & CUMULATIVE;
     const int keep = update && p->known_mean;
     const T M = p->M, eps = p->eps, floor = p->floor, average = p->average, momentum = p->momentum;
@@ -300,11 +313,11 @@ static void F(merge)(call *p, i64 c0, i64 c1) {
 // G from the sums, for channels c0 to c1: what is owed and the batch's own; the running gradient
 static void F(react)(call *p, i64 c0, i64 c1) {
     const i64 C = p->C;
-    const int running = p->grad != 0, update = p->flags & UPDATE;
+    const int running = p->flags & RUNNING, update = p->flags & UPDATE;
     const T M = p->M, pays = p->pays * p->scale, unscale = 1 / p->scale;
     T *restrict s = p->saved, *restrict unpaid = s + UNPAID * C;
     const T *restrict rho = s + SHARE * C, *restrict factor = s + FACTOR * C;
-    const T *restrict db = p->sums, *restrict dw = db + C;
+    const T *restrict db = p->dbeta, *restrict dw = p->dgamma;
     T *restrict r1 = p->grad, *restrict r2 = running ? r1 + C : 0;
     T *restrict G1 = p->G, *restrict G2 = G1 + C;
     #pragma omp simd
@@ -452,7 +465,7 @@ INLINE void F(nc_forward_)(call *p, i64 i, int act) {
 }
 INLINE void F(nc_backward_)(call *p, i64 i, int act) {
     i64 C = p->C, c0 = i * p->block, c1 = least(C, c0 + p->block);
-    T *sums = p->sums;
+    T *db = p->dbeta, *dw = p->dgamma;
     const T *saved = p->saved;
     const X *x = p->x, *dy = p->dy;
     if (p->phases & SUMS) for (i64 c = c0; c < c1; c++) {
@@ -460,8 +473,8 @@ INLINE void F(nc_backward_)(call *p, i64 i, int act) {
         F(affine) k = F(affine_of)(p, c);
         i64 at = c * p->S;
         F(nc_sum)(x + at, dy + at, p->N, C * p->S, p->S, k, act, &sum, &square);
-        sums[c] = sum;
-        sums[C + c] = square / sqrt(saved[VAR * C + c] + p->eps);
+        db[c] = sum;
+        dw[c] = square / sqrt(saved[VAR * C + c] + p->eps);
     }
     if (p->phases & REACT) F(react)(p, c0, c1);
     if (p->phases & DX) for (i64 c = c0; c < c1; c++) F(nc_dx)(p, c, F(affine_of)(p, c), act);
@@ -598,11 +611,13 @@ static int F(begin)(call *p) {
     const i64 size = p->N * p->C * p->S, C = p->C;
     p->M = p->N * p->S;
     p->left_out = 0;
-    if (size < 32768) p->threads = 1;
+    if (size < 16384) p->threads = 1;
+    const int needs_G = p->phases & REACT && !p->G;
     if (!p->last) { // as many channels as stay in 256 KB, and one for each thread
         i64 each = most(1, parts(C, most(1, p->threads)));
         p->block = (256 << 10) / (sizeof(X) * p->M * (p->dy ? 2 : 1));
         p->block = most(1, least(least(p->block, 64), each));
+        if (needs_G && !(p->G = p->memory = malloc(2 * C * sizeof(T)))) return NO_MEMORY;
         return 0;
     }
     p->D = C < 128 ? C * parts(128, C) : C;
@@ -613,12 +628,13 @@ static int F(begin)(call *p) {
     p->chunks = parts(rows, p->rows);
     p->width = 64 * parts(p->D, 64); // rows of the vectors below begin in a cache line
     p->together = size * sizeof(X) * (p->dy ? 2 : 1) <= 8 << 20 ? ROWS : 1;
-    const i64 sums = 2 * C * p->chunks * sizeof(double), lanes = 2 * p->width * p->chunks * sizeof(T);
-    p->memory = malloc(5 * p->width * sizeof(T) + lanes + sums + 64);
+    const i64 sums = 2 * C * p->chunks * sizeof(double), lanes = 2 * p->width * p->chunks;
+    p->memory = malloc(64 + (5 * p->width + lanes + 2 * C) * sizeof(T) + sums);
     if (!p->memory) return NO_MEMORY;
     p->coef = (void *)(((uintptr_t)p->memory + 63) & ~(uintptr_t)63);
     p->lanes = (T *)p->coef + 5 * p->width;
-    p->part = (double *)((char *)p->lanes + lanes);
+    p->part = (double *)((T *)p->lanes + lanes);
+    if (needs_G) p->G = p->part + 2 * C * p->chunks;
     return 0;
 }
 static void F(cl_mean_and_var)(call *p) {
@@ -644,7 +660,7 @@ static int F(forward)(call *p) {
                                    memcmp(p->avg_var, p->known_var, bytes))) return CHANGED;
     p->dy = 0;
     if (F(begin)(p)) return NO_MEMORY;
-    if (merge && p->floors) {
+    if (merge && p->flags & CLAMPED) {
         i64 at = *p->seen + (p->flags & INCLUSIVE ? p->samples : 0);
         p->floor = ((const T *)p->floors)[most(0, least(at, p->n_floors - 1))];
     }
@@ -653,7 +669,6 @@ static int F(forward)(call *p) {
         if (p->phases & MOMENTS) F(cl_mean_and_var)(p);
         if (merge) F(merge)(p, 0, p->C);
         if (p->phases & NORMALISE) { F(cl_coef)(p, 0); run(p, F(cl_affine_s)[p->act], p->chunks); }
-        free(p->memory);
     }
     if (merge && p->flags & UPDATE) {
         *p->skipped += p->left_out;
@@ -666,20 +681,19 @@ static int F(backward)(call *p) {
     const i64 C = p->C;
     if (F(begin)(p)) return NO_MEMORY;
     if (!p->last) { run(p, F(nc_backward__s)[p->act], parts(C, p->block)); return 0; }
-    T *sums = p->sums;
+    T *db = p->dbeta, *dw = p->dgamma;
     const T *saved = p->saved;
     if (p->phases & SUMS) {
         F(cl_coef)(p, 0);
         run(p, F(cl_sums__s)[p->act], p->chunks);
         F(cl_add)(p);
         for (i64 c = 0; c < C; c++) {
-            sums[c] = p->part[c];
-            sums[C + c] = p->part[C + c] / sqrt(saved[VAR * C + c] + p->eps);
+            db[c] = p->part[c];
+            dw[c] = p->part[C + c] / sqrt(saved[VAR * C + c] + p->eps);
         }
     }
     if (p->phases & REACT) F(react)(p, 0, C);
     if (p->phases & DX) { F(cl_coef)(p, 1); run(p, F(cl_dx_s)[p->act], p->chunks); }
-    free(p->memory);
     return 0;
 }
 #undef F
