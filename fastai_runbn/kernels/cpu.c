@@ -37,7 +37,7 @@ typedef struct {
     void *dbeta, *dgamma;                                    // sums of dz and of dz times x-hat, (C,)
     void *G;                                                 // how the statistics react, (2,C), or NULL
     // made here
-    i64 M, block, D, width, rows, chunks, together, left_out;
+    i64 M, block, D, width, rows, chunks, together, past, left_out;
     double floor;
     void *memory;
     double *part;
@@ -49,7 +49,7 @@ enum { LINEAR, RELU, SILU };                                                    
 enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32,
        CLAMPED = 64, RUNNING = 128 };                                           // flags
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
-enum { ROWS = 4 };                                                              // see cl_sum
+enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
 enum { HEAD_START = 9 };                                                        // of moments.py
 enum { CHANGED = 1, NO_MEMORY = 2 };                                            // what calls return
 
@@ -64,6 +64,9 @@ typedef struct { void (*body)(call *, i64); call *p; i64 n, next; } job;
 static void work(void *job_) {
     job *j = job_;
     for (i64 i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->n;) j->body(j->p, i);
+#if defined __x86_64__
+    _mm_sfence(); // what went past the caches is there
+#endif
 }
 static void run(call *p, void (*body)(call *, i64), i64 n) {
     job j = {body, p, n, 0};
@@ -71,6 +74,9 @@ static void run(call *p, void (*body)(call *, i64), i64 n) {
     if (p->par && threads > 1) p->par(work, &j, threads, 0); else work(&j);
 }
 
+#if defined __x86_64__
+#include <immintrin.h>
+#endif
 #if defined __x86_64__ && !defined __clang__
 #define AS_(x) _Pragma(#x)
 #define BEGIN(target_) AS_(GCC push_options) AS_(GCC target(target_))
@@ -212,6 +218,16 @@ INLINE void F(put)(X *p, T v) { *p = v; }
 INLINE V F(load)(const X *p) { return (V)*(F(VX) *)p; }
 INLINE void F(store)(X *p, V v) { *(F(VX) *)p = (F(VX))v; }
 #endif
+
+// Of a large result: past the caches, which it would not stay in, and which would have to read it
+INLINE void F(write)(X *p, V v, int past) {
+#if BYTES == 64 && !defined BF16
+    if (past) { _mm512_stream_si512((void *)p, (__m512i)v); return; }
+#elif BYTES == 32 && !defined BF16
+    if (past) { _mm256_stream_si256((void *)p, (__m256i)v); return; }
+#endif
+    F(store)(p, v);
+}
 
 // The activation and its gradient, of the normalised value z
 INLINE V F(active)(V z, int act) {
@@ -410,7 +426,8 @@ static void F(nc_moments)(call *p, const X *x, i64 c) {
     s[BATCH_VAR * C + c] = square < 0 ? 0 : square;
 }
 INLINE void F(nc_affine)(call *p, i64 c, F(affine) k, int act) {
-    i64 S = p->S, apart = p->C * S;
+    const i64 S = p->S, apart = p->C * S;
+    const int past = p->past;
     const X *restrict x = (const X *)p->x + c * S;
     X *restrict y = (X *)p->y + c * S;
     V mean = F(all)(k.mean), scale = F(all)(k.scale), shift = F(all)(k.shift);
@@ -419,7 +436,7 @@ INLINE void F(nc_affine)(call *p, i64 c, F(affine) k, int act) {
         for (; i + 2 * L <= S; i += 2 * L)
         #pragma GCC unroll 2
         for (int j = 0; j < 2 * L; j += L)
-            F(store)(y + i + j, F(active)((F(load)(x + i + j) - mean) * scale + shift, act));
+            F(write)(y + i + j, F(active)((F(load)(x + i + j) - mean) * scale + shift, act), past);
         for (; i + L <= S || (i < S && S >= L); i += L) {
             i = least(i, S - L); // some values twice
             F(store)(y + i, F(active)((F(load)(x + i) - mean) * scale + shift, act));
@@ -429,7 +446,8 @@ INLINE void F(nc_affine)(call *p, i64 c, F(affine) k, int act) {
     }
 }
 INLINE void F(nc_dx)(call *p, i64 c, F(affine) k, int act) {
-    i64 C = p->C, S = p->S, apart = C * S;
+    const i64 C = p->C, S = p->S, apart = C * S;
+    const int past = p->past;
     const X *restrict x = (const X *)p->x + c * S, *dy = (const X *)p->dy + c * S;
     X *restrict dx = (X *)p->y + c * S;
     const T *G = p->G, *saved = p->saved;
@@ -442,7 +460,7 @@ INLINE void F(nc_dx)(call *p, i64 c, F(affine) k, int act) {
         for (int j = 0; j < 2 * L; j += L) {
             V d = F(load)(x + i + j) - mean;
             V e = F(slope)(F(load)(dy + i + j), d * scale + shift, act);
-            F(store)(dx + i + j, e * scale - (d * by + down));
+            F(write)(dx + i + j, e * scale - (d * by + down), past);
         }
         for (; i + L <= S || (i < S && S >= L); i += L) {
             i = least(i, S - L);
@@ -534,13 +552,14 @@ INLINE void F(cl_sum)(call *p, i64 chunk, int back, int act) {
 INLINE void F(cl_affine)(call *p, i64 chunk, int act) {
     const i64 D = p->D, W = p->width, end = least(p->M * p->C, (chunk + 1) * p->rows * D);
     const T *mean = p->coef, *scale = mean + W, *shift = scale + W;
+    const int past = p->past;
     for (i64 i = chunk * p->rows * D; i < end; i += D) {
         const X *restrict x = (const X *)p->x + i;
         X *restrict y = (X *)p->y + i;
         i64 n = least(D, end - i), c = 0;
         for (; c + L <= n; c += L) {
             V z = (F(load)(x + c) - AT(mean + c)) * AT(scale + c) + AT(shift + c);
-            F(store)(y + c, F(active)(z, act));
+            F(write)(y + c, F(active)(z, act), past);
         }
         for (; c < n; c++)
             F(put)(y + c, F(active1)((F(get)(x + c) - mean[c]) * scale[c] + shift[c], act));
@@ -550,6 +569,7 @@ INLINE void F(cl_dx)(call *p, i64 chunk, int act) {
     const i64 D = p->D, W = p->width, end = least(p->M * p->C, (chunk + 1) * p->rows * D);
     const T *mean = p->coef, *scale = mean + W, *shift = scale + W;
     const T *by = shift + W, *down = by + W;
+    const int past = p->past;
     for (i64 i = chunk * p->rows * D; i < end; i += D) {
         const X *restrict x = (const X *)p->x + i, *dy = (const X *)p->dy + i;
         X *restrict dx = (X *)p->y + i;
@@ -557,7 +577,7 @@ INLINE void F(cl_dx)(call *p, i64 chunk, int act) {
         for (; c + L <= n; c += L) {
             V d = F(load)(x + c) - AT(mean + c), e = F(load)(dy + c), f = AT(scale + c);
             if (act) e = F(slope)(e, d * f + AT(shift + c), act);
-            F(store)(dx + c, e * f - (d * AT(by + c) + AT(down + c)));
+            F(write)(dx + c, e * f - (d * AT(by + c) + AT(down + c)), past);
         }
         for (; c < n; c++) {
             T d = F(get)(x + c) - mean[c], e = F(get)(dy + c);
@@ -611,6 +631,8 @@ static int F(begin)(call *p) {
     const i64 size = p->N * p->C * p->S, C = p->C;
     p->M = p->N * p->S;
     p->left_out = 0;
+    const i64 row = (p->last ? C : p->S) * sizeof(X);
+    p->past = size * sizeof(X) >= PAST && row % 64 == 0 && (uintptr_t)p->y % 64 == 0;
     if (size < 16384) p->threads = 1;
     const int needs_G = p->phases & REACT && !p->G;
     if (!p->last) { // as many channels as stay in 256 KB, and one for each thread
