@@ -198,7 +198,8 @@ class Formulas:
         z = cls._normal(x, saved, step)[0]
         if weight is not None: z = z*per_channel(weight, x)
         if bias is not None: z = z+per_channel(bias, x)
-        return active(z, step.act).to(x.dtype)
+        z = active(z, step.act)
+        return z if z.dtype==x.dtype else z.to(x.dtype)
 
     @classmethod
     def _normal(cls, x, saved, step):
@@ -225,7 +226,7 @@ class Formulas:
         dz = cls._before_act(dy, xhat, weight, bias, step)
         scale = rstd if weight is None else rstd*weight
         dx = (dz-per_channel(G[0], x)-xhat*per_channel(G[1], x))*per_channel(scale, x)
-        return dx.to(x.dtype)
+        return dx if dx.dtype==x.dtype else dx.to(x.dtype)
 
     @classmethod
     @torch.no_grad()
@@ -237,9 +238,14 @@ class Formulas:
         step:Step, # Numbers of this call
     )->tuple: # $y$, as `x`, and a `Saved` as one tensor
         "Merge the batch into the window, and normalise it with that"
-        if state.known_mean is not None: seed(state, changed(state))
-        saved = merge(*cls.moments(x), x.numel()//x.shape[1], state, step)
+        saved = cls.statistics(x, state, step)
         return cls.normalize(x, weight, bias, saved, step),saved
+
+    @classmethod
+    def statistics(cls, x, state, step):
+        "The first half of `forward`: what to normalise with, after the batch is merged in"
+        if state.known_mean is not None: seed(state, changed(state))
+        return merge(*cls.moments(x), x.numel()//x.shape[1], state, step)
 
     @classmethod
     @torch.no_grad()
@@ -255,7 +261,12 @@ class Formulas:
         need_dx:bool=True, # Is the gradient of `x` wanted?
     )->tuple: # That gradient or `None`, those of weight and bias
         "Gradients, through what is normalised with too; updates the running gradient"
-        sums = cls.sums(dy, x, weight, bias, saved, step)
-        G = react(sums, x.numel()//x.shape[1], saved, running, step, scale)
+        G,sums = cls.reaction(dy, x, weight, bias, saved, running, step, scale)
         dx = cls.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
         return dx,sums[1],sums[0]
+
+    @classmethod
+    def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
+        "The first half of `backward`: how the statistics react, and gradients of bias and weight, `(2,C)` each"
+        sums = cls.sums(dy, x, weight, bias, saved, step)
+        return react(sums, x.numel()//x.shape[1], saved, running, step, scale),sums

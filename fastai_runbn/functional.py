@@ -45,69 +45,61 @@ _no_recompute = ("A compiled running batch norm is being computed again in the b
     "layers out of one of them: `norm.forward = torch.compiler.disable(norm.forward)`.")
 
 _step_schema = ('SymInt samples, Tensor step_weight, Tensor? average, float? momentum, bool auto, '
-    'Tensor running_grad, float eps, bool clamped, bool inclusive, bool update, str? act, '
-    'float clip, float clip_max')
-_mutated = ', '.join(f'Tensor({n}!) {n}' for n in State._fields[:9])
+    'Tensor? running_grad, float eps, bool clamped, bool inclusive, bool update, float clip, float clip_max')
+_state_schema = ', '.join(f'Tensor({n}!) {n}' for n in State._fields[:9])+(', Tensor floors, Tensor grad, '
+    'Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var')
 _schemas = dict(
-    forward='(Tensor x, Tensor? weight, Tensor? bias, '+_mutated+', Tensor floors, Tensor grad, '
-        f'Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var, {_step_schema}) -> (Tensor, Tensor)',
-    backward='(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved, Tensor(running!) running, '
-        f'Tensor? scale, bool need_dx, {_step_schema}) -> (Tensor, Tensor, Tensor)')
+    statistics=f'(Tensor x, {_state_schema}, {_step_schema}) -> Tensor',
+    reaction='(Tensor dy, Tensor x, Tensor saved, Tensor(running!) running, Tensor? scale, '
+        f'{_step_schema}) -> (Tensor, Tensor)')
 
 def _to_operator(step, like):
     "A `Step` as the operators take it"
     def tensor(o): return o if o is None or torch.is_tensor(o) else like.new_full((), o)
-    auto = type(step.momentum) is AutoMomentum
+    auto,paid = type(step.momentum) is AutoMomentum,step.running_grad
     momentum = None if auto or step.momentum is None else float(step.momentum)
     return (step.samples, tensor(step.weight), tensor(step.average), momentum, auto,
-        tensor(step.running_grad), *step[5:])
+        tensor(paid) if torch.is_tensor(paid) or paid else None, step.eps, step.clamped, step.inclusive,
+        step.update, step.clip, step.clip_max)
 
-def _from_operator(samples, weight, average, momentum, auto, *rest):
-    return Step(samples, weight, average, auto_momentum if auto else momentum, *rest)
+def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped, inclusive, update, *clip):
+    return Step(samples, weight, average, auto_momentum if auto else momentum, 0. if paid is None else paid,
+        eps, clamped, inclusive, update, None, *clip)
 
-def _forward(x, weight, bias, *args):
+def _statistics(x, *args):
     if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)
-    state,step = State(*args[:13]),_from_operator(*args[13:])
-    return implementation(x, state).forward(x, weight, bias, state, step)
+    state = State(*args[:13])
+    return implementation(x, state).statistics(x, state, _from_operator(*args[13:]))
 
-def _forward_meta(x, weight, bias, mean, *_):
-    return torch.empty_like(x),mean.new_empty((7,x.shape[1]))
-
-def _backward(dy, x, weight, bias, saved, running, scale, need_dx, *step):
+def _reaction(dy, x, saved, running, scale, *step):
     state = State(*[running]*9, running[0], running)
-    dx,*grads = implementation(x, state).backward(dy, x, weight, bias, saved, running,
-        _from_operator(*step), scale, need_dx)
-    return dx if need_dx else x.new_empty(0),*grads
+    return implementation(x, state).reaction(dy, x, None, None, saved, running, _from_operator(*step), scale)
 
-def _backward_meta(dy, x, weight, bias, saved, running, scale, need_dx, *_):
-    sums = [saved.new_empty(x.shape[1]) for _ in range(2)]
-    return torch.empty_like(x) if need_dx else x.new_empty(0),*sums
+def _statistics_meta(x, mean, *_): return mean.new_empty((7,x.shape[1]))
+def _reaction_meta(dy, x, saved, *_): return [saved.new_empty((2,x.shape[1])) for _ in range(2)]
 
 library = torch.library.Library('fastai_runbn', 'FRAGMENT') # `custom_op` adds 80 ms to an import
+_tags = [getattr(torch.Tag, n) for n in ('pt2_compliant_tag','flexible_layout') if hasattr(torch.Tag, n)]
 def define_operators():
     "The operators that tracers and compilers see; once a process"
-    if hasattr(torch.ops.fastai_runbn, 'forward'): return
-    for name,kernel,meta in (('forward',_forward,_forward_meta), ('backward',_backward,_backward_meta)):
-        library.define(name+_schemas[name], tags=(torch.Tag.pt2_compliant_tag,torch.Tag.needs_fixed_stride_order))
+    if hasattr(torch.ops.fastai_runbn, 'statistics'): return
+    for name,kernel,meta in (('statistics',_statistics,_statistics_meta), ('reaction',_reaction,_reaction_meta)):
+        library.define(name+_schemas[name], tags=_tags)
         library.impl(name, kernel, 'CompositeExplicitAutograd')
         library.impl(name, meta, 'Meta')
 define_operators()
 
 class Operators(Formulas):
-    "One operator a pass, for whoever traces or compiles a model"
+    "For who traces or compiles a model: what reduces or writes state is one operator a pass, the rest are formulas that fuse"
     name = 'operators'
 
     @classmethod
-    @torch.no_grad()
-    def forward(cls, x, weight, bias, state, step):
-        return torch.ops.fastai_runbn.forward(x, weight, bias, *state, *_to_operator(step, state.mean))
+    def statistics(cls, x, state, step):
+        return torch.ops.fastai_runbn.statistics(x, *state, *_to_operator(step, state.mean))
 
     @classmethod
-    @torch.no_grad()
-    def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        dx,*grads = torch.ops.fastai_runbn.backward(dy, x, weight, bias, saved, running, scale,
-            need_dx, *_to_operator(step, saved))
-        return dx if need_dx else None,*grads
+    def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
+        return torch.ops.fastai_runbn.reaction(dy, x, saved, running, scale, *_to_operator(step, saved))
 
 # %%
 class LossScale:
@@ -182,16 +174,18 @@ class Call(NamedTuple):
     layer:object=None # Whose window
     loss_scale:Tensor|bool|None=False # As was said
     paid:object=None # What to do after a backward, if anything
+    state:State=None # Of the window, where autograd's function is to run the forward
 
 class RunningNorm(Function):
     "A normalised batch, with the gradient of a running norm"
     @staticmethod
     def forward(ctx, x, weight, bias, y, saved, call):
         ctx.call,ctx.bias_dtype = call,None if bias is None else bias.dtype
-        if call.step.act is None: bias = None
-        if torch.compiler.is_compiling(): ctx.save_for_backward(x, weight, bias, saved)
+        if torch.compiler.is_compiling():
+            y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
+            ctx.save_for_backward(x, weight, None if call.step.act is None else bias, saved)
         else: # `saved` stays what it is, whatever hooks do to saved tensors: it says what is owed
-            ctx.save_for_backward(x, weight, bias)
+            ctx.save_for_backward(x, weight, None if call.step.act is None else bias)
             ctx.saved = saved
         return y[0]
 
@@ -207,7 +201,7 @@ class RunningNorm(Function):
 
 def _gradients(ctx, dy, x, weight, bias, saved):
     "Of `x`, weight and bias"
-    how,step,running,keeper,layer,said,paid = ctx.call
+    how,step,running,keeper,layer,said,paid,_ = ctx.call
     need_x,need_w,need_b = ctx.needs_input_grad[:3]
     pays = torch.is_tensor(step.running_grad) or step.running_grad
     scale = LossScale.of(said, x, running) if pays else None
@@ -239,11 +233,12 @@ def running_norm(
     saved:Tensor=None, # Of an earlier forward of the same batch: only normalise
 )->tuple: # $y$, as `x`, and a `Saved` as one tensor
     "Merge a batch into a window and normalise it with that; the gradient is that of a running norm"
+    if torch.compiler.is_compiling(): # so that what follows may change the result in place
+        return RunningNorm.apply(x, weight, bias, [None], None, call._replace(state=state)),None
     if saved is None: y,saved = call.keeper.forward(call.layer, call.how, x, weight, bias, state, call.step)
     else:
         with torch.no_grad(): y = call.how.normalize(x, weight, bias, saved, call.step)
-    apply = RunningNorm.apply if torch.compiler.is_compiling() else _apply
-    return apply(x, weight, bias, [y], saved, call),saved
+    return _apply(x, weight, bias, [y], saved, call),saved
 
 def running_batch_norm(
     x:Tensor, # Activations, `(N,C,*)`, not empty

@@ -2,6 +2,7 @@ from importlib import import_module
 from torch import nn
 from torch.fx import Proxy
 from fastai_runbn.moments import auto_momentum
+from fastai_runbn.functional import is_traced
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningSyncBatchNorm
 
 # %%
@@ -13,7 +14,7 @@ def act_inside(
 )->str: # 'relu' or 'silu'; `None`: the norm is to leave it to the layer's own
     "The activation that a norm computes itself, one map of activations less"
     drop,act = layer.drop,layer.act
-    if not layer.training or layer.running_mean is None or not x.is_cpu or type(drop) is not nn.Identity: return None
+    if not layer.training or is_traced() or layer.running_mean is None or not x.is_cpu or type(drop) is not nn.Identity: return None
     if drop._forward_hooks or drop._forward_pre_hooks or act._forward_hooks or act._forward_pre_hooks: return None
     if act._backward_hooks or act._backward_pre_hooks: return None
     return _inside.get(type(act))

@@ -41,7 +41,7 @@ def same(a, b, tol, what=''):
     for k,(p,q) in enumerate(zip(a, b, strict=True)): torch.testing.assert_close(p.cpu().double(), q.cpu().double(), rtol=tol, atol=tol, msg=lambda m: f'{what}, value {k}: {m}')
 
 @every_form
-@pytest.mark.parametrize('backend', ['auto','plain'])
+@pytest.mark.parametrize('backend', ['auto','formulas'])
 def test_beside_the_reference(form, backend):
     layer,ref = forms[form][0](C, dtype=torch.float64, device=device, backend=backend, **LESSON10),ReferenceRunningBatchNorm(C).double().to(device)
     for k,(x,dy) in enumerate(batches(form, 40, torch.float64)):
@@ -50,13 +50,13 @@ def test_beside_the_reference(form, backend):
         ref.zero_grad()
         (yr := ref(xr)).backward(dy)
         same([y,dx,dw,db,layer.window_mean], [yr,xr.grad,ref.mults.grad,ref.adds.grad,(ref.sums/ref.count).detach()], 1e-9, f'step {k}')
-    assert layer.path==('plain' if backend=='plain' else 'aten')
+    assert layer.path==('formulas' if backend=='formulas' else 'aten')
 
 @every_form
 @all_settings
 @pytest.mark.parametrize('dtype,tol', [(torch.float64,1e-9),(torch.float32,1e-3)], ids=str)
 def test_beside_the_formulas_on_the_cpu(form, settings, dtype, tol):
-    layer,exact = forms[form][0](C, dtype=dtype, device=device, **settings),forms[form][0](C, dtype=torch.float64, backend='plain', **settings)
+    layer,exact = forms[form][0](C, dtype=dtype, device=device, **settings),forms[form][0](C, dtype=torch.float64, backend='formulas', **settings)
     for k,(x,dy) in enumerate(batches(form, 12, dtype)): same(step(layer, x, dy), step(exact, x.cpu().double(), dy.cpu().double()), tol, f'step {k}')
     assert layer.path=='aten'
     same([layer.eval()(x)], [exact.eval()(x.cpu().double())], tol)
@@ -65,7 +65,7 @@ def test_beside_the_formulas_on_the_cpu(form, settings, dtype, tol):
 @pytest.mark.parametrize('dtype,tol', [(torch.float16,2e-3),(torch.bfloat16,1.6e-2)], ids=str)
 def test_half_precision(form, dtype, tol):
     "Of the largest value, two roundings of the dtype; of .01 where all but cancels"
-    layer,exact = forms[form][0](C, device=device),forms[form][0](C, dtype=torch.float64, backend='plain')
+    layer,exact = forms[form][0](C, device=device),forms[form][0](C, dtype=torch.float64, backend='formulas')
     for x,dy in batches(form, 12, dtype):
         got,want = step(layer, x, dy),step(exact, x.cpu().double(), dy.cpu().double())
         for p,q in zip(got[:4], want[:4]): assert (p.cpu().double()-q).abs().max() <= tol*q.abs().max().clamp(min=.01)
@@ -95,7 +95,7 @@ def test_large_means(ratio):
     assert worst < 2e-7*ratio
 
 def test_a_bad_batch_and_one_value_per_channel():
-    layer,exact = RunningBatchNorm2d(C, device=device),RunningBatchNorm2d(C, backend='plain', dtype=torch.float64)
+    layer,exact = RunningBatchNorm2d(C, device=device),RunningBatchNorm2d(C, backend='formulas', dtype=torch.float64)
     for k in range(12):
         x,dy = torch.randn(1 if k%2 else 2,C,1,1, device=device),torch.randn(1 if k%2 else 2,C,1,1, device=device)
         if k==5: x[0,2] = float('nan')

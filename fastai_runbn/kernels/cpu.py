@@ -120,6 +120,33 @@ def addresses(
     if len(res)==13: return res
     return res+[0,0] if len(res)==11 and state.known_mean is None else None
 
+def merge(phases, step, x, last, weight, bias, y, saved, state):
+    "A forward, or part of it, that writes the state"
+    where,wide = addresses(state),state
+    if where is None: # statistics in half precision, as parameters are
+        T = state.mean.dtype
+        wide = State(*[t if t is None or not t.is_floating_point() else as_statistics(t, T) for t in state])
+        where = addresses(wide)
+    args = phases,step,x,last,weight,bias,y,saved,where,len(state.floors)
+    if call(kernels.runbn_forward, *args)==CHANGED:
+        seed(wide)
+        call(kernels.runbn_forward, *args)
+    if wide is not state:
+        for t,new in zip(state, wide):
+            if t is not new: t.copy_(new)
+    if step.update: torch.autograd.graph.increment_version((state.avg_mean,state.avg_var))
+
+def react(phases, step, x, last, weight, bias, dx, saved, dy, running, G, scale):
+    "A backward, or part of it, that writes the running gradient: gradients of weight and bias"
+    T,C = saved.dtype,saved.shape[1]
+    dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
+    weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
+    state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
+    call(kernels.runbn_backward, phases, step, x, last, weight, bias, dx, saved, state, 0, dy,
+        dbias, dweight, G, 1. if scale is None else float(scale))
+    if grad is not running: running.copy_(grad)
+    return dweight,dbias
+
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"
     name = 'cpu'
@@ -167,34 +194,30 @@ class Kernels(Formulas):
 
     @classmethod
     def forward(cls, x, weight, bias, state, step):
-        T,where,wide = state.mean.dtype,addresses(state),state
-        if where is None: # statistics in half precision, as parameters are
-            wide = State(*[t if t is None or not t.is_floating_point() else as_statistics(t, T) for t in state])
-            where = addresses(wide)
+        T = state.mean.dtype
         x_,last = readable(x)
         y,saved = torch.empty_like(x_),torch.empty(7, x.shape[1], dtype=T)
         weight,bias = as_statistics(weight, T),as_statistics(bias, T)
-        args = (MOMENTS|MERGE|NORMALIZE, step, x_, last, weight, bias, y, saved, where, len(state.floors))
-        if call(kernels.runbn_forward, *args)==CHANGED:
-            seed(wide)
-            call(kernels.runbn_forward, *args)
-        if wide is not state:
-            for t,new in zip(state, wide):
-                if t is not new: t.copy_(new)
-        if step.update: torch.autograd.graph.increment_version((state.avg_mean,state.avg_var))
+        merge(MOMENTS|MERGE|NORMALIZE, step, x_, last, weight, bias, y, saved, state)
         return y if y.dtype is x.dtype else y.to(x.dtype),saved
 
     @classmethod
+    def statistics(cls, x, state, step):
+        saved = torch.empty(7, x.shape[1], dtype=state.mean.dtype)
+        merge(MOMENTS|MERGE, step, *readable(x), None, None, None, saved, state)
+        return saved
+
+    @classmethod
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        T,C = saved.dtype,saved.shape[1]
         x_,last = readable(x)
         dx = torch.empty_like(x_) if need_dx else None
-        dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
-        weight,bias = as_statistics(weight, T),as_statistics(bias, T)
-        grad = as_statistics(running, T)
-        state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
-        call(kernels.runbn_backward, SUMS|REACT|DX if need_dx else SUMS|REACT, step, x_, last, weight,
-            bias, dx, saved, state, 0, like(dy, x_, last), dbias, dweight, None,
-            1. if scale is None else float(scale))
-        if grad is not running: running.copy_(grad)
-        return dx if dx is None or dx.dtype is x.dtype else dx.to(x.dtype),dweight,dbias
+        phases = SUMS|REACT|DX if need_dx else SUMS|REACT
+        sums = react(phases, step, x_, last, weight, bias, dx, saved, like(dy, x_, last), running, None, scale)
+        return dx if dx is None or dx.dtype is x.dtype else dx.to(x.dtype),*sums
+
+    @classmethod
+    def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
+        x,last = readable(x)
+        G = torch.empty(2, x.shape[1], dtype=saved.dtype)
+        dweight,dbias = react(SUMS|REACT, step, x, last, weight, bias, None, saved, like(dy, x, last), running, G, scale)
+        return G,torch.stack((dbias, dweight))
