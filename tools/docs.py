@@ -18,7 +18,7 @@ repo_only = 'speed.json','speed_cuda.json','quality.jsonl','quality_ranks.jsonl'
 
 def rename(
     path:Path, # A notebook, as nbdev wrote it for quarto
-)->Path: # `layers.ipynb` for 03_layers.ipynb
+)->Path: # `layers.ipynb` for 05_layers.ipynb
     "Give a notebook its page's name: quarto reads that from `output-file`, smalldocs takes the file's own"
     nb = read_nb(path)
     head = nb.cells[0]

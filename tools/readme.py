@@ -6,7 +6,7 @@ root = Path(__file__).resolve().parent.parent
 note = '<!-- Made from nbs/index.ipynb by tools/readme.py: change it there -->'
 
 def _link(m):
-    "A link of the site as one into the repository: `layers.html` is `nbs/03_layers.ipynb`"
+    "A link of the site as one into the repository: `layers.html` is `nbs/05_layers.ipynb`"
     page,anchor = m[1],m[2] or ''
     found = [p for p in (root/'nbs').rglob('*.ipynb') if re.sub(r'^\d+[a-z]*_', '', p.relative_to(root/'nbs').with_suffix('').as_posix())==page]
     if len(found)!=1: raise SystemExit(f"nbs/index.ipynb links to {page}.html, but {len(found)} notebooks make that page")
