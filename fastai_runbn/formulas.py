@@ -31,6 +31,10 @@ class State(NamedTuple):
     known_mean:Tensor=None # `avg_mean` as last written, `(C,)`, where that is kept
     known_var:Tensor=None  # `avg_var` as last written
 
+class KeptState(State):
+    "A `State` that is used again and again; what a kernel has found out about it stays with it"
+    addresses = None
+
 class Step(NamedTuple):
     "The numbers of one call; equal only to itself, for tensors among them may change"
     samples:int         # Samples in the batch

@@ -11,13 +11,14 @@ __all__ = ['default_window', 'LESSON10', 'window_buffers', 'state_buffers', 'run
 import math,sys,warnings
 from collections import deque
 from functools import lru_cache,partial
+from operator import is_
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from .moments import SampleWindow,at_most_1,auto_momentum,lesson10_weight,trust,window_weight
-from .formulas import State,Step,changed,seed
+from .formulas import KeptState,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
 # %% ../nbs/05_layers.ipynb #a6ce514a
@@ -115,12 +116,20 @@ class WindowBuffers:
         for name in window_buffers:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ('recent','clamp_floor'): vars(self).pop(name, None)
+        for name in ('recent','clamp_floor','_state'): vars(self).pop(name, None)
 
     def state(self)->State:
-        "The buffers, and the floors of `clamp`"
-        b = self._buffers
-        return State(*[b[o] for o in state_buffers[:9]], self.clamp_floor, *[b[o] for o in state_buffers[9:]])
+        "The buffers, and the floors of `clamp`; the same `State` as long as they are the same, and fit"
+        s,buffers = vars(self).get('_state'),self._buffers
+        now = [buffers[o] for o in state_buffers]
+        now.insert(9, self.clamp_floor)
+        if s is not None and all(map(is_, s, now)): return s
+        if not self.window_fits():
+            self.make_window()
+            return self.state()
+        if torch.compiler.is_compiling(): return State(*now)
+        self._state = s = KeptState(*now)
+        return s
 
     @torch.no_grad()
     def seed_window(self,
@@ -190,7 +199,7 @@ class WindowBuffers:
 
     def __getstate__(self):
         self.keeper.settle()
-        return {k:v for k,v in vars(self).items() if k not in ('loss_scale','scaler_tells')}
+        return {k:v for k,v in vars(self).items() if k not in ('loss_scale','scaler_tells','_state','_step')}
 
 # %% ../nbs/05_layers.ipynb #12bef157
 _quantized = ("{} is quantized as a layer of its own, which is slower and less exact than one that is folded into the convolution before it: "
@@ -207,7 +216,7 @@ def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, e
     if torch.is_tensor(running_grad) or running_grad: running_grad = running_grad*trust(pooled)
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
         inclusive, update, act)
-_step_once = lru_cache(maxsize=1024, typed=True)(_step) # an `AutoMomentum` is not the number that it equals
+_constants = int,float,SampleWindow # settings that are no tensors, which a schedule changes
 
 class RunningBatchNormMixin(WindowBuffers):
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
@@ -242,7 +251,7 @@ class RunningBatchNormMixin(WindowBuffers):
     def make_plain(self):
         "Remove the settings and buffers that `make_running` added, but for `momentum`"
         self.drop_window()
-        own = 'path','last_batch','batch_size','loss_scale','scaler_tells','unscheduled','_told_of_rows'
+        own = 'path','last_batch','batch_size','loss_scale','scaler_tells','unscheduled','_told_of_rows','_step'
         for name in (*own,*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
 
     @torch.no_grad()
@@ -287,7 +296,6 @@ class RunningBatchNormMixin(WindowBuffers):
     def _train_forward(self, x, act):
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active(): raise RuntimeError(_no_functorch.format(type(self).__name__))
-        if not self.window_fits(): self.make_window()
         state,params = self.keeper.state(self),self._parameters
         how,step,saved,paid = choose(x, state, self.backend),self.step(x, act),None,None
         again = not compiling and self.recent.is_asked()
@@ -302,17 +310,22 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def step(self, x, act=None)->Step:
         "The numbers of a call with `x`"
-        bs,M,settings = self._samples(x),x.numel()//x.shape[1],(self.window,self.running_grad,self.momentum,
-            self.eval_window,self.eps,bool(self.clamp),self.clamp_inclusive,not self.is_held(),act)
-        pooled = self.keeper.pooled(M)
+        window,paid,momentum = self.window,self.running_grad,self.momentum
+        constant = type(window) in _constants and type(paid) in _constants
+        if constant and not torch.compiler.is_compiling():
+            key = (x.shape, window, paid, momentum, type(momentum), self.eval_window, self.eps, self.clamp,
+                self.clamp_inclusive, self.track_running_stats, self.batch_size, self.keeper, act)
+            last = vars(self).get('_step')
+            if last is not None and last[0]==key: return last[1]
+        bs,M = self._samples(x),x.numel()//x.shape[1]
+        sizes = bs,M,self.keeper.pooled(M)
         if torch.compiler.is_compiling(): # numbers would be compiled in
-            window,like = self.window,self.window_mean
-            sizes = bs,M,pooled
             if not callable(window) or type(window) is SampleWindow or window is lesson10_weight:
-                sizes = [like.new_full((), n) for n in sizes]
-            return _step(bs, *sizes, *settings)
-        constant = type(self.running_grad) in (int,float) and type(self.window) in (int,float,SampleWindow)
-        return (_step_once if constant else _step)(bs, bs, M, pooled, *settings)
+                sizes = [self.window_mean.new_full((), n) for n in sizes]
+        step = _step(bs, *sizes, window, paid, momentum, self.eval_window, self.eps, bool(self.clamp),
+            self.clamp_inclusive, not self.is_held(), act)
+        if constant and not torch.compiler.is_compiling(): self._step = key,step
+        return step
 
     def is_held(self)->bool:
         "Do training forwards leave statistics, window, counters and running gradient as they are? As in BatchNorm, by `momentum=0` or `track_running_stats=False`"

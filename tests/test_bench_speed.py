@@ -11,7 +11,7 @@ from fastai_runbn.bench.speed import (bench_layer,bench_layers,bench_model,bench
 
 def rows(*figures, contender='ours', layout='contiguous', precision='float32', part='both', **kw):
     "Made-up rows: `figures` are pairs of a shape and a ratio"
-    return pd.DataFrame([dict(shape=s, layout=layout, precision=precision, part=part, group=group_of(s, layout), contender=contender, ratio=r, base='BatchNorm', **kw)
+    return pd.DataFrame([dict(shape=s, layout=layout, precision=precision, part=part, group=group_of(s, layout), contender=contender, ratio=r, **{'threads':2, 'base':'BatchNorm', **kw})
         for s,r in figures], columns=columns)
 
 def summary(*dfs): return summarize(pd.concat(dfs, ignore_index=True)).set_index(['group','contender'])
@@ -24,13 +24,14 @@ big = '2x64x56x56','2x256x56x56','4x32x128x128','16x64x56x56','32x256x28x28','2x
 def test_groups_hold_the_shapes_they_name(layout):
     for s in big: assert group_of(s, layout)==f'{layout}, from 2x64x56x56'
     for s in ('2x64x16x16','2x512x7x7','2x64x56x55'): assert group_of(s, layout)=='small maps'
-    for s in ('1x32x32x64x64','1x2x2x2x2'): assert group_of(s, layout)=='3-d'
-    for s in speed.models: assert group_of(s, layout)==f'whole models, {layout}'
+    for s in ('1x32x32x64x64','1x2x2x2x2'): assert group_of(s, layout)==f'3-d, {layout}'
+    for s in speed.models: assert group_of(s, layout)==s
 
 def test_every_case_of_a_full_run_is_in_a_group_with_a_target():
     layers,models = speed_cases()
-    assert len(layers)==9*2*2 and len(models)==3*2
-    groups = {group_of('x'.join(map(str, s)), l) for s,l,_ in layers} | {group_of(*m) for m in models}
+    one_thread = 9*2 if torch.get_num_threads()>1 else 0
+    assert len(layers)==9*2*2+one_thread and len(models)==3*2
+    groups = {group_of('x'.join(map(str, s)), l) for s,l,*_ in layers} | {group_of(*m) for m in models}
     assert groups==set(targets)
 
 def test_quick_is_a_part_of_the_full_run():
@@ -38,8 +39,9 @@ def test_quick_is_a_part_of_the_full_run():
     assert 0<len(layers)<=6 and set(layers)<set(all_layers) and len(models)==1 and set(models)<set(all_models)
 
 def test_only_selects_by_name():
-    assert {p for _,_,p in layer_cases(only='bf16')}=={'bf16 autocast'}
-    assert layer_cases(only='^2x64x16x16 channels_last float32$')==[((2,64,16,16),'channels_last','float32')]
+    assert {p for _,_,p,_ in layer_cases(only='bf16')}=={'bf16 autocast'}
+    assert layer_cases(threads=(2,1), only='^2x64x16x16 channels_last float32$')==[((2,64,16,16),'channels_last','float32',n) for n in (2,1)]
+    assert layer_cases(threads=(3,), only='^2x64x16x16 .* bf16')==[((2,64,16,16),l,'bf16 autocast',3) for l in speed.layouts]
     assert model_cases(only='U-Net')==[('U-Net 256px','contiguous'),('U-Net 256px','channels_last')]
 
 def test_geometric_mean():
@@ -53,48 +55,48 @@ def test_spread_takes_ratios_round_by_round():
 # targets
 
 def test_mean_and_worst_of_a_group():
-    got = summary(rows(('2x64x56x56',.5), ('16x64x56x56',.8))).loc['contiguous, from 2x64x56x56','ours']
-    assert got['mean']==pytest.approx(math.sqrt(.4)) and (got.worst,got.worst_case,got.cases,got.met)==(.8,'16x64x56x56 contiguous',2,'yes')
+    got = summary(rows(('2x64x56x56',.4), ('16x64x56x56',.8))).loc['contiguous, from 2x64x56x56','ours']
+    assert got['mean']==pytest.approx(math.sqrt(.32)) and (got.worst,got.worst_case,got.cases,got.met)==(.8,'16x64x56x56 contiguous',2,'yes')
 
-@pytest.mark.parametrize('ratio,met', [(.74,'yes'),(.76,'no')])
+@pytest.mark.parametrize('ratio,met', [(.61,'yes'),(.63,'no')])
 def test_target_by_the_mean(ratio, met): assert summary(rows(('2x64x56x56',ratio))).met['contiguous, from 2x64x56x56','ours']==met
 
-def test_no_shape_above_one_contiguous():
-    figures = ('2x64x56x56',.1),('16x64x56x56',1.01)
+def test_no_shape_far_above():
+    figures = ('2x64x56x56',.1),('16x64x56x56',.9)
     assert summary(rows(*figures)).met['contiguous, from 2x64x56x56','ours']=='no'
     assert summary(rows(*figures, layout='channels_last')).met['channels_last, from 2x64x56x56','ours']=='yes'
-    assert summary(rows(*figures, contender='ours compiled')).met['contiguous, from 2x64x56x56','ours compiled']=='yes'
 
 def test_other_rows_do_not_count():
     df = [rows(('2x64x56x56',.5)), rows(('2x64x56x56',9), precision='bf16 autocast'), rows(('2x64x56x56',9), part='forward'), rows(('2x64x56x56',9), contender='MABN'),
-          rows(('2x64x16x16',9)), rows(('1x32x32x64x64',9)), rows(('2x64x56x56',math.nan))]
+          rows(('2x64x16x16',9)), rows(('1x32x32x64x64',9)), rows(('2x64x56x56',math.nan)), rows(('2x64x56x56',9), threads=1)]
     got = summary(*df).loc['contiguous, from 2x64x56x56','ours']
     assert got['mean']==pytest.approx(.5) and got.cases==1
 
-def test_small_maps_and_3d_are_of_both_layouts():
-    got = summary(*[rows(('2x64x16x16',r), ('1x32x32x64x64',r), layout=l) for l,r in (('contiguous',1), ('channels_last',4))])
-    for g in ('small maps','3-d'): assert got['mean'][g,'ours']==pytest.approx(2) and got.cases[g,'ours']==2
+def test_small_maps_and_models_are_of_both_layouts():
+    got = summary(*[rows(('2x64x16x16',r), ('1x32x32x64x64',r), layout=l) for l,r in (('contiguous',1), ('channels_last',4))],
+        *[rows(('resnet18 128px',r), layout=l, part='step') for l,r in (('contiguous',1), ('channels_last',4))])
+    for g in ('small maps','resnet18 128px'): assert got['mean'][g,'ours']==pytest.approx(2) and got.cases[g,'ours']==2
+    assert (got['mean']['3-d, contiguous','ours'],got['mean']['3-d, channels_last','ours'])==(1,4)
 
-def test_whole_models_compiled_are_the_model_compiled():
-    df = [rows(('resnet18 128px',.9), part='step', contender='ours compiled'), rows(('resnet18 128px',1.1), part='step', contender='ours, model compiled')]
-    got = summary(*df)
-    assert got.met['whole models, contiguous','ours, model compiled']=='no' and got.met['whole models, contiguous','ours']=='not measured'
+def test_compiled_models_are_in_ratio_to_the_compiled_model():
+    got = summary(rows(('resnet18 128px',1.1), part='step', contender='ours, model compiled', base='BatchNorm, model compiled'))
+    assert got.met['compiled models','ours, model compiled']=='no' and got.met['resnet18 128px','ours']=='not measured'
 
-@pytest.mark.parametrize('ours,met', [(.5,'yes'),(1.,'no')])
+@pytest.mark.parametrize('ours,met', [(.5,'yes'),(.6,'no')])
 def test_times_as_fast_as_lesson_10(ours, met):
     big = ('2x64x56x56',),('1x32x32x64x64',)
     df = [rows(*[(s,ours) for s, in big], ('2x64x16x16',9)), rows(*[(s,3.) for s, in big], ('2x64x16x16',1), contender='lesson 10')]
     got = summary(*df).loc["times as fast as lesson 10's layer",'ours']
     assert got['mean']==pytest.approx(3/ours) and got.met==met and got.cases==2
 
-@pytest.mark.parametrize('peak,met', [(1.02,'yes'),(1.03,'no')])
+@pytest.mark.parametrize('peak,met', [(1.004,'yes'),(1.01,'no')])
 def test_peak_memory(peak, met):
     got = summary(rows(('2x64x56x56',1), peak_ratio=peak), rows(('U-Net 256px',1), part='step', peak_ratio=peak), rows(('2x64x16x16',1), peak_ratio=5))
     for what in ('layers from 2x64x56x56','whole models'): assert got.met[f'peak memory, {what}','ours']==met
 
 def test_nothing_measured():
     got = summarize(pd.DataFrame(columns=columns))
-    assert set(got.met)=={'not measured'} and len(got)>=2*len(targets)
+    assert set(got.met)=={'not measured'} and len(got)>=len(targets)+4
 
 # measuring
 
@@ -144,7 +146,7 @@ def one(): return bench_layer((2,16,7,7), rounds=3, sample_ms=.1, bandwidth=1e9)
 def test_one_case_end_to_end(one):
     assert tuple(one.columns)==columns and set(one.contender)==set(contenders) and set(one.group)=={'small maps'}
     ran = one[one.ms.notna()]
-    for name,part in product(('BatchNorm','lesson 10','ours','GroupNorm','BatchRenorm','MABN'), ('forward','backward','both')):
+    for name,part in product(('BatchNorm','lesson 10','ours','formulas','GroupNorm','BatchRenorm','MABN'), ('forward','backward','both')):
         assert len(ran[(ran.contender==name) & (ran.part==part)])==1
     bn = one[one.contender=='BatchNorm']
     assert (bn[['ratio','ratio_low','ratio_high']]==1).all(axis=None) and bn.peak_ratio.dropna().tolist()==[1]
@@ -164,6 +166,7 @@ def test_layouts_and_precisions_are_those_asked_for(shape, precision, monkeypatc
         def _check_input_dim(self, x): seen.append((x.dtype, x.is_contiguous(), torch.is_autocast_enabled('cpu'), self.training))
     monkeypatch.setitem(contenders, 'spy', (Spy,Spy))
     for layout in speed.layouts: bench_layer(shape, layout, precision, names=['spy'], rounds=1, sample_ms=0)
+    assert bench_layer(shape, threads=1, names=[], rounds=1, sample_ms=0).threads.unique().tolist()==[1]
     half = precision!='float32'
     assert set(seen)=={(torch.bfloat16 if half else torch.float32, plain, half, True) for plain in (True,False)}
 
@@ -180,14 +183,14 @@ def test_a_failing_contender_is_a_row_and_a_warning_a_note(monkeypatch):
 
 def test_report_is_called_for_each_case():
     seen = []
-    df = bench_layers(layer_cases([(2,8,5,5)], precisions=('float32',)), names=['ours'], rounds=1, sample_ms=0, report=lambda d: seen.append(d.layout[0]))
+    df = bench_layers(layer_cases([(2,8,5,5)], precisions=('float32',), threads=(1,)), names=['ours'], rounds=1, sample_ms=0, report=lambda d: seen.append(d.layout[0]))
     assert seen==['contiguous','channels_last'] and len(df)==2*2*3
 
 def test_one_model_end_to_end(monkeypatch):
     def tiny(): return nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4,5))
     monkeypatch.setitem(speed.models, 'tiny', (tiny,(2,3,8,8)))
     df = bench_model('tiny', 'channels_last', names=['lesson 10','ours'], rounds=2, sample_ms=.1)
-    assert df.contender.tolist()==['BatchNorm','lesson 10','ours'] and set(df.part)=={'step'} and set(df.group)=={'whole models, channels_last'}
+    assert df.contender.tolist()==['BatchNorm','lesson 10','ours'] and set(df.part)=={'step'} and set(df.group)=={'tiny'}
     assert (df.ms>0).all() and df.ratio[0]==1 and (df.ops>5).all() and df.peak_ratio[0]==1
 
 def test_json_there_and_back(one, tmp_path):
@@ -208,11 +211,14 @@ def test_table_and_picture(one, tmp_path):
     ran = one[(one.part=='both') & one.ms.notna() & (one.contender!='BatchNorm')]
     assert len(fig.axes)==1 and len(fig.axes[0].containers)//2==len(ran) and fig.axes[0].get_yscale()=='log' and (tmp_path/'x.png').read_bytes()[:4]==b'\x89PNG'
 
-def test_quick_compiles_nothing_unless_asked():
-    df = bench_speed(quick=True, only='2x64x16x16 contiguous', names='')
-    assert 'ours compiled' not in set(df.contender) and {'ours','MABN'}<set(df.contender)
-    df = bench_speed(quick=True, only='2x64x16x16 contiguous', names='^ours compiled')
-    assert set(df.contender)=={'BatchNorm','ours compiled'}
+def test_names_are_chosen_by_expression():
+    df = bench_speed(quick=True, only='2x64x16x16 contiguous', names='^ours|MABN')
+    assert set(df.contender)=={'BatchNorm','ours','MABN'}
+
+def test_an_activation_apart_is_computed_by_itself():
+    timm = pytest.importorskip('timm')
+    model = speed.model_contenders['ours, activation apart'](nn.Sequential(timm.layers.BatchNormAct2d(4)))
+    assert model[0].act._forward_hooks and torch.equal(model.eval()(x := torch.randn(2,4,3,3)), torch.relu(nn.BatchNorm2d(4).eval()(x)))
 
 # the command
 

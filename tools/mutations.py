@@ -4,40 +4,63 @@ from collections import Counter
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-quick = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]]
-few = ['-k','not compiled',*[f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]]
-compiled = ['tests/test_compile.py','-k','compiled_equals_eager and (lesson10 or default)']
+kernels = ['tests/test_kernels.py','-k','formulas or 300_steps or parts_are or rounded or large_mean or half_precision or of_any_kind']
+versions = ['tests/test_kernels.py','-k','version or evaluation_and_its']
+formulas = [*(f'tests/test_{o}.py' for o in ('lockstep','properties','add_up','no_sync','paths','kernels','notebooks')),
+    '-k','lockstep and formulas or properties or several or no_host or cuda_stood or every_call or 02_formulas']
+quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]
+few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
+compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints']
+twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or timm']
+pages = ['tests/test_notebooks.py','-k','04_functional']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 contract = ['tests/test_contract.py','-k','not compiled and not point_net and not lightning and not accelerate and not scale']
-adds = ['tests/test_add_up.py','-k','several_backwards or any_order']
+adds = ['tests/test_add_up.py','-k','several_backwards or any_order or found_again']
 scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
 
 # what is broken, the module, the code as it is, the code as it should not be, the tests that could notice
 mutations = [
-    ("the batch's weight taken for its share ρ", 'moments', 'return count, added/count', 'return count, a*torch.ones_like(count)', quick),
-    ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '', quick),
-    ('no spread between images in the moments of a batch', 'functional', 'torch.add(between, v.sum(0), alpha=1/N)', 'v.sum(0)/N', quick),
-    ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', quick),
-    ('a floor under the variance in evaluation', 'layers', 'self.running_mean, self.running_var, self.weight', 'self.running_mean, self.running_var.clamp_min(.01), self.weight', quick),
-    ('all of what is owed paid, whatever running_grad is', 'functional', '*share if torch.is_tensor(share) or share!=1 else', ' if True else', few),
-    ("the window's own tensors saved for backward, no copy", 'functional', 'return mean[0],var[0],share[0],None', 'return means[0],vars[0],share[0],None', quick),
-    ('the statistics not detached', 'layers', 'self._statistics(x.detach(), path, again, sync)', 'self._statistics(x, path, again, sync)', few),
-    ('a recomputed forward merged again', 'layers', '        if again: return', '        if False: return', few),
+    ("the batch's weight taken for its share ρ", 'moments', 'return count, added/count', 'return count, a*torch.ones_like(count)', formulas),
+    ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '', formulas),
+    ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', formulas),
+    ('a floor under the variance in evaluation', 'layers', 'F.batch_norm(x, mean, var, self.weight', 'F.batch_norm(x, mean, var.clamp_min(.01), self.weight', quick),
+    ('all of what is owed paid, whatever running_grad is', 'formulas', '(s.unpaid*step.running_grad)', 's.unpaid', formulas),
+    ('the statistics not detached', 'formulas', '@torch.no_grad()\n    def forward', 'def forward', formulas),
+    ('a recomputed forward merged again', 'layers', 'again = not compiling and self.recent.is_asked()', 'again = False', few),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
-    ('moments that are not finite merged', 'functional', 'ok = var<math.inf', 'ok = (var==var)|True', quick),
-    ('moments that are not finite merged, where one may look', 'functional', 'if look and math.isfinite(var.sum().item()):', 'if look:', quick),
-    ('gradients that are not finite averaged', 'functional', 'torch.where(g.abs()<math.inf, new, running)', 'new', few),
-    ('gradients that are not finite averaged, where one may look', 'functional', 'if not (look and math.isfinite(g.sum().item())): new', 'if not look: new', few),
-    ('the variance reacts at its floor', 'functional', 'dweight*(factor>0) if clamped else dweight', 'dweight', few),
-    ('the average for evaluation shorter than the window', 'functional', 'torch.minimum(share, share[0])', 'share', quick),
-    ('the clamp counts the batch at hand', 'functional', 's.seen+bs if inclusive else', 's.seen+bs if True else', quick),
+    ('moments that are not finite merged', 'formulas', 'ok = var<math.inf', 'ok = (var==var)|True', formulas),
+    ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
+    ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
+    ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
+    ('the clamp counts the batch at hand', 'formulas', 's.seen+step.samples if step.inclusive else', 's.seen+step.samples if True else', formulas),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
-    ('the count of samples read on the host', 'layers', 'path is not on_cpu or ', '', quick),
-    ('evaluation follows the training window', 'layers', 'a_e = None if self.eval_window is None else _at_most_1(sizes[0]/self.eval_window)', 'a_e = None', quick),
-    ('the scale of G on CUDA', 'functional', 'G2/rstd', 'G2*rstd', quick),
-    ('a compiled backward computes the statistics again', 'functional', 'ts,flag = torch.ops.fastai_runbn.keep(torch.stack(ts))', 'ts,flag = torch.stack(ts),ts[0].new_ones(())', compiled),
+    ('evaluation follows the training window', 'layers', 'average = None if eval_window is None else at_most_1(bs/eval_window)', 'average = None', quick),
+    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
+    ('the floor looked up on the host', 'formulas', 's.floors.index_select(0, seen.clamp(max=len(s.floors)-1))[0]', 's.floors[min(int(seen), len(s.floors)-1)]', formulas),
+    ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
+    ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
+    ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
+    ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
+    ('a biased variance in the average of a momentum that was set', 'formulas', 'M/max(1, M-1)', '1', formulas),
+    ('a second derivative without a word', 'functional', 'grads = _Once.apply(x, dy, weight, *grads)', 'pass', few),
+    ('tracers see no operator', 'functional', "is_traced() and backend=='auto'", 'False', quick),
+    ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
+    ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
+    ('a debt that was found on the device stays', 'layers', 'for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)', 'pass', adds),
+    ('the scale that a scaler tells not minded', 'functional', 'if cls.now is not None or torch.is_tensor(said):', 'if torch.is_tensor(said):', scales),
+    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
+    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version((state.avg_mean,state.avg_var))', 'pass', versions),
+    ('kernel: statistics in half precision not written', 'kernels/cpu', 'if t is not new: t.copy_(new)', 'pass', kernels),
+    ('kernel: a gradient in another layout read as it lies', 'kernels/cpu', '(dy.stride()==x.stride() or layout(dy)==last)', 'True', kernels),
+    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
+    ('twins: activated twice', 'twins', 'return y if inside and x.numel() else self.act(self.drop(y))', 'return self.act(self.drop(y))', twins),
+    ('twins: not activated in evaluation', 'twins', 'if not layer.training or layer.running_mean is None: return None', 'if layer.running_mean is None: return None', twins),
+    ('twins: hooks on the activation see nothing', 'twins', 'if is_hooked(layer.drop) or is_hooked(layer.act): return None', 'pass', twins),
+    ('twins: nothing is dropped', 'twins', 'type(layer.drop) is not nn.Identity', 'False', twins),
+    ("twins: timm's momentum taken for one that was set", 'twins', 'momentum=auto_momentum, *args', 'momentum=.1, *args', twins),
+    ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('ranks: merged into what the buffers hold by then', 'distributed', 'self.pack.merge(base, sums[:3], head, rules)', 'self.pack.merge(self.pack.read(), sums[:3], head, rules)', ranks),
     ('ranks: all batches weigh the same', 'distributed', 'd,n = m-mean,self.expand(M)', 'd,n = m-mean,self.expand((M>0).to(M.dtype)*M.max())', ranks),
     ('ranks: channels that are not finite sent', 'distributed', 'torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)', 'torch.stack((n, n*d, n*q))', ranks),
@@ -45,11 +68,11 @@ mutations = [
     ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
     ('ranks: values counted in every backward', 'distributed', 'M*unpaid))', 'M))', ranks),
     ('ranks: gradients of a later backward lost', 'distributed', 'return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)', 'return torch.where(n>0, left+self.last_share*sums[4:]/self.last_count.clamp(min=1), base.grad)', ranks),
-    ('ranks: a held layer noted', 'distributed', 'if update: self.forwards.append', 'self.forwards.append', ranks),
+    ('ranks: a held layer noted', 'distributed', 'step._replace(average=None, momentum=auto_momentum))', 'step._replace(average=None, momentum=auto_momentum)); step = step._replace(update=True)', ranks),
     ('ranks: a collective overwrites what others wrote', 'distributed', 'self.pack.write(self.pack.unless_changed(new))', 'self.pack.write(new)', ranks),
     ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.waits: self.send()', 'self.send()', ranks),
     ('ranks: the running gradient not merged', 'distributed', 'new = new._replace(grad=self.merged_grad(base, sums, share))', 'pass', ranks),
-    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(sums[0]>0, sums[0], math.nan)', 'n = sums[0]*0+M', ranks),
+    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(total[0]>0, total[0], math.nan)', 'n = total[0]*0+M', ranks),
     ('filters: gradients not centred', 'callback', 'w.grad.sub_(_mean(w.grad, nonzero))', 'pass', learners),
     ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w, nonzero)-mean)', 'pass', learners),
     ('filters: at zero in trained nets too', 'callback', '0. if zero or untrained or', '0. if True or', learners),
@@ -66,27 +89,74 @@ mutations = [
     ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])", "s['square']", looks),
     ("the table's ρ is the weight of the batch", 'interpret', 'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
     ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
-    ('contract: what is owed is paid in every backward', 'functional', 'was,self.unpaid = self.unpaid,False', 'was = self.unpaid', adds),
-    ('contract: a later backward adds nothing to the running gradient', 'functional', 'new = left+(own if scale is None else own/scale)', 'new = left if unpaid is False else left+(own if scale is None else own/scale)', adds),
-    ('contract: a held layer updates its running gradient', 'layers', 'not self.is_held(), scale, pool)', 'True, scale, pool)', contract),
-    ('contract: a held layer updates its statistics', 'layers', 'momentum,update = self.momentum,not self.is_held()', 'momentum,update = self.momentum,True', contract),
+    ('contract: what is owed is paid in every backward', 'formulas', 'saved.data[-1] = 0.', 'pass', formulas),
+    ('contract: a later backward adds nothing to the running gradient', 'formulas', 'new = left+(own if scale is None else own/scale)', 'new = left+s.unpaid*(own if scale is None else own/scale)', formulas),
+    ('contract: a held layer updates its running gradient', 'formulas', 'if step.update:\n        new', 'if True:\n        new', formulas),
+    ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True', contract),
     ('contract: track_running_stats not minded', 'layers', 'return not self.track_running_stats or self', 'return self', contract),
-    ('contract: what others write is not seen', 'layers', 'elif not all(map(torch.equal, now, known)): self.seed_window()', 'elif False: self.seed_window()', contract),
-    ('contract: the layer takes what it wrote for written by others', 'functional', 'if s.known_mean is not None: torch._foreach_copy_', 'if False: torch._foreach_copy_', contract),
-    ("contract: a momentum that was set is not BatchNorm's", 'functional', 'elif type(momentum) is not AutoMomentum: fixed = momentum', 'elif False: fixed = momentum', contract),
-    ("contract: the spread between batches in BatchNorm's average", 'functional', 'if fixed is not None: var = torch.stack((var[0], plain_var))', 'pass', contract),
+    ('contract: what others write is not seen', 'formulas', 'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
+    ('contract: the layer takes what it wrote for written by others', 'formulas', 's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
+    ("contract: a momentum that was set is not BatchNorm's", 'formulas', 'share = torch.full_like(share, momentum)', 'pass', formulas),
+    ("contract: the spread between batches in BatchNorm's average", 'formulas', 'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
     ('contract: converters put their norms in place', 'layers', 'if new.running_mean is old.running_mean:', 'if False:', contract),
     ('contract: thawed norms stay plain', 'layers', 'if cls and isinstance(new, _BatchNorm)', 'if False and isinstance(new, _BatchNorm)', contract),
-    ('contract: torch.fx looks into the layer', 'layers', 'if not (args and isinstance(args[0], Proxy)): return', 'if True: return', contract),
+    ('contract: torch.fx looks into the layer', 'layers', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('contract: rows taken for samples', 'layers', 'if self.batch_size is not None: return min(rows, self.batch_size)', 'if self.batch_size is not None: return rows', contract),
     ('contract: many rows taken for samples', 'layers', 'if x.ndim!=2 or rows<=_many_rows: return rows', 'return rows', contract),
-    ('contract: a window on meta stays uninitialised', 'layers', "if old['window_mean'].is_meta and not", 'if False and not', contract),
+    ('contract: a window on meta stays uninitialised', 'layers', "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False', contract),
     ('contract: zeros of pruned filters move', 'callback', 'nonzero = None if w.all() else w!=0', 'nonzero = None', contract),
     ('contract: shared filters move', 'callback', "if shared[id(w)]>1: return 'shared'", 'pass', contract),
     ('contract: filters move that the optimizer does not have', 'callback', "if trained is not None and id(w) not in trained: return 'not in the optimizer'", 'pass', contract),
-    ('contract: the running gradient in the unit of the scaled loss', 'functional', 'own if scale is None else own/scale', 'own', scales),
-    ('contract: what is owed is not scaled', 'functional', 'if scale is not None: paid = paid*scale', 'pass', scales),
+    ('contract: the running gradient in the unit of the scaled loss', 'formulas', 'own if scale is None else own/scale', 'own', formulas),
+    ('contract: what is owed is not scaled', 'formulas', 'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas),
     ('contract: a scale left behind by an error', 'layers', 'LossScale.end() # where a backward ended in an error', 'pass', scales)]
+
+# the same in C, for which the kernel is compiled anew
+in_c = [
+    ('C: the shift left out of the moments', 'kernels/cpu.c', 'T about = first / near,', 'T about = 0,', kernels),
+    ('C: the shift left out of the moments, channels last', 'kernels/cpu.c', 'k[c] = k[c] - k[c] == 0 ? k[c] / near : 0;', 'k[c] = 0;', kernels),
+    ('C: the shift left in the variance', 'kernels/cpu.c', 'square = square / p->M - sum * sum;', 'square = square / p->M;', kernels),
+    ('C: the shift left in the variance, channels last', 'kernels/cpu.c', 'q = p->part[C + c] / p->M - s * s;', 'q = p->part[C + c] / p->M;', kernels),
+    ('C: the last values of a row summed twice', 'kernels/cpu.c', 'a.s[1] += F(pick)(fresh, e, (V){});', 'a.s[1] += e;', kernels),
+    ('C: the last chunk left out, channels last', 'kernels/cpu.c', 'for (i64 j = 1; j < p->chunks; j++)', 'for (i64 j = 1; j < p->chunks - 1; j++)', kernels),
+    ('C: a chunk ends a row early, channels last', 'kernels/cpu.c', 'end = least(p->M * C, (chunk + 1) * p->rows * D);', 'end = least(p->M * C, (chunk + 1) * p->rows * D - (chunk + 1 < p->chunks) * D);', kernels),
+    ('C: bfloat16 cut off, not rounded', 'kernels/cpu.c', 'u = (nan & ((u >> 16) | 64)) | (~nan & ((u + 0x7fff + ((u >> 16) & 1)) >> 16));', 'u = u >> 16;', kernels),
+    ("C: the batch's weight taken for its share ρ", 'kernels/cpu.c', 'rho = a * M / n;', 'rho = a;', kernels),
+    ('C: no spread between batches in the merged variance', 'kernels/cpu.c', 'var1 = var[c] + rho * (v - var[c]) + go * (d - go);', 'var1 = var[c] + rho * (v - var[c]);', kernels),
+    ('C: moments that are not finite merged', 'kernels/cpu.c', 'int ok = var1 < (T)INFINITY;', 'int ok = 1;', kernels),
+    ('C: a channel that is not finite written', 'kernels/cpu.c', 'mean1 = ok ? mean1 : mean[c];', '', kernels),
+    ('C: batches that were left out not counted', 'kernels/cpu.c', '*p->skipped += p->left_out;', '', kernels),
+    ('C: the average for evaluation shorter than the window', 'kernels/cpu.c', 'share = share < rho ? share : rho;', '', kernels),
+    ("C: a momentum that was set is not BatchNorm's", 'kernels/cpu.c', 'share = set ? momentum : share;', '', kernels),
+    ("C: the spread between batches in BatchNorm's average", 'kernels/cpu.c', 'T spread = set ? 0 : go * (d - go)', 'T spread = go * (d - go)', kernels),
+    ("C: a biased variance in BatchNorm's average", 'kernels/cpu.c', 'v1 = set ? v * unbias : v;', 'v1 = v;', kernels),
+    ('C: the clamp counts the batch at hand', 'kernels/cpu.c', '(p->flags & INCLUSIVE ? p->samples : 0)', 'p->samples', kernels),
+    ('C: the floor not applied', 'kernels/cpu.c', 'var1 = floored && !(var1 >= floor) ? floor : var1;', '', kernels),
+    ('C: the variance reacts at its floor', 'kernels/cpu.c', '* (factor[c] > 0) / M', '/ M', kernels),
+    ('C: what is owed not clipped', 'kernels/cpu.c', 'factor = clipped ? (factor > clip_max ? clip_max : factor) : 1;', 'factor = 1;', kernels),
+    ('C: all of what is owed paid, whatever running_grad is', 'kernels/cpu.c', 'pays = p->pays * p->scale,', 'pays = p->scale,', kernels),
+    ('C: what is owed is not scaled', 'kernels/cpu.c', 'pays = p->pays * p->scale,', 'pays = p->pays,', kernels),
+    ('C: the running gradient in the unit of the scaled loss', 'kernels/cpu.c', 'unscale = 1 / p->scale', 'unscale = 1', kernels),
+    ('C: what is owed is paid in every backward', 'kernels/cpu.c', 'unpaid[c] = 0;', '', kernels),
+    ('C: a later backward adds nothing to the running gradient', 'kernels/cpu.c', 'T new1 = left1 + own1 * unscale,', 'T new1 = left1 + due * own1 * unscale,', kernels),
+    ('C: gradients that are not finite averaged', 'kernels/cpu.c', 'update && g1 - g1 == 0 ? new1 : old1', 'update ? new1 : old1', kernels),
+    ('C: a held layer updates its running gradient', 'kernels/cpu.c', 'update && g1 - g1 == 0 ? new1 : old1', 'g1 - g1 == 0 ? new1 : old1', kernels),
+    ('C: a held layer updates its statistics', 'kernels/cpu.c', 'mean[c] = update ? mean1 : mean[c];', 'mean[c] = mean1;', kernels),
+    ('C: a held layer counts', 'kernels/cpu.c', 'if (merge && p->flags & UPDATE) {', 'if (merge) {', kernels),
+    ('C: a mean that others have changed not noticed', 'kernels/cpu.c', 'memcmp(p->avg_mean, p->known_mean, bytes) ||', '', kernels),
+    ('C: the layer takes what it wrote for written by others', 'kernels/cpu.c', 'memcpy(kmean + c0, amean + c0, (c1 - c0) * sizeof(T));', '', kernels),
+    ("C: ReLU's slope is 1 everywhere", 'kernels/cpu.c', 'if (act == RELU) return F(pick)(z <= 0, (V){}, dy);', 'if (act == RELU) return dy;', kernels),
+    ("C: SiLU's slope without its sigmoid's", 'kernels/cpu.c', 'V s = F(sigmoid)(z);\n    return dy * s * (1 + z * (1 - s));', 'V s = F(sigmoid)(z);\n    return dy * s;', kernels)]
+
+flags = '-std=gnu11 -O1 -fno-math-errno -fno-trapping-math -fopenmp-simd -fPIC -shared -w -Wno-psabi'.split() # quick to compile
+def build(folder):
+    "Compile the kernel there, where pip would put it"
+    d = folder/'fastai_runbn'/'kernels'
+    subprocess.run([os.environ.get('CC', 'cc'), *flags, d/'cpu.c', '-o', d/'runbn_cpu.abi3.so', '-lm'], check=True)
+
+def source(package, module):
+    "The file of a module of `package`, or of its kernel in C"
+    return package/(module if module.endswith('.c') else f'{module}.py')
 
 def copy(to):
     "What git tracks or would, in another folder"
@@ -99,41 +169,45 @@ def copy(to):
 def failures(folder, tests):
     "Names of the tests that fail there, and pytest's closing line"
     env = {**os.environ, 'PYTHONPATH':str(folder)}
-    out = subprocess.run([sys.executable,*'-m pytest -q -rfE --show-capture=no -p no:cacheprovider --hypothesis-seed=0'.split(),*tests], cwd=folder, env=env,
-        capture_output=True, text=True).stdout
+    done = subprocess.run([sys.executable,*'-m pytest -q -rfE --show-capture=no -p no:cacheprovider --hypothesis-seed=0'.split(),*tests], cwd=folder, env=env,
+        capture_output=True, text=True)
+    out = done.stdout
+    if done.returncode<0: return ['a crash'],f'ended by signal {-done.returncode}'
     return [l.split()[1] for l in out.splitlines() if re.match(r'(FAILED|ERROR) ', l)],out.strip().splitlines()[-1]
 
 def _row(what, module, old, new, names):
     "The table's row: what was broken, and the tests `names` (how often each) that noticed"
-    def code(s): return f"`{s.strip()}`".replace('|','\\|') if s.strip() else 'nothing'
+    def code(s): return f"`{' '.join(s.split())}`".replace('|','\\|') if s.strip() else 'nothing'
     caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
     return f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|'
 
 def main(*words):
     report = root/'tests'/'MUTATIONS.md'
     kept = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if words and report.exists() else {}
-    chosen,rows = [m for m in mutations if not words or any(w in m[0] for w in words)],{}
+    chosen,rows = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],{}
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
-        for tests in (quick,few,compiled,ranks,learners,looks,contract,adds,scales):
-            if not any(m[-1] is tests for m in chosen): continue
+        build(d)
+        for tests in {id(m[-1]):m[-1] for m in chosen}.values():
             failed,last = failures(d, tests)
             if failed: sys.exit(f'tests fail before anything is broken: {failed}')
             print(f'unbroken: {last}', flush=True)
         for what,module,old,new,tests in chosen:
-            f = d/'fastai_runbn'/f'{module}.py'
+            f = source(d/'fastai_runbn', module)
             sound = f.read_text()
-            if sound.count(old)!=1: sys.exit(f'{what}: {old!r} stands {sound.count(old)} times in {module}.py, not once')
+            if sound.count(old)!=1: sys.exit(f'{what}: {old!r} stands {sound.count(old)} times in {f.name}, not once')
             f.write_text(sound.replace(old, new))
+            if f.suffix=='.c': build(d)
             failed,_ = failures(d, tests)
             f.write_text(sound)
+            if f.suffix=='.c': build(d)
             rows[what] = _row(what, module, old, new, Counter(n.split('[')[0].replace('tests/','') for n in failed))
             print(f'{len(failed):4} failed: {what}', flush=True)
     lines = ['# Mutations', '']
     lines += ['The layer broken on purpose, one way at a time, in a scratch copy: which tests noticed. Made by `python tools/mutations.py`; × is the number of cases of a test.', '']
     lines += ['|broken|in|from|to|caught by|', '|---|---|---|---|---|']
-    lines += [rows.get(m[0]) or kept[m[0]] for m in mutations if m[0] in rows or m[0] in kept]
+    lines += [rows.get(m[0]) or kept[m[0]] for m in mutations+in_c if m[0] in rows or m[0] in kept]
     report.write_text('\n'.join(lines)+'\n')
     missed = [what for what,r in rows.items() if '**nothing**' in r]
     if missed: sys.exit(f'not caught: {missed}')

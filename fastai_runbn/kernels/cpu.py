@@ -16,7 +16,7 @@ from struct import Struct
 import torch
 from torch import Tensor
 from ..moments import AutoMomentum
-from ..formulas import Formulas,State,Step,seed
+from ..formulas import Formulas,KeptState,State,Step,seed
 
 # %% ../../nbs/03_kernels.cpu.ipynb #30d45db8
 MOMENTS,MERGE,NORMALIZE,SUMS,REACT,DX = (1<<i for i in range(6))
@@ -127,11 +127,13 @@ def addresses(
     state:State,
 )->list: # `None`, where a tensor is not as the kernels want it
     "Addresses of a state that is of the dtype of its window, and contiguous"
-    T,integer = state.mean.dtype,torch.int64
-    res = [t.data_ptr() for t in state
-        if t is not None and t.is_contiguous() and (t.dtype is T or t.dtype is integer)]
-    if len(res)==13: return res
-    return res+[0,0] if len(res)==11 and state.known_mean is None else None
+    res = [0 if t is None else t.data_ptr() for t in state]
+    if type(state) is KeptState and state.addresses==res: return res # looked at before
+    T = state.mean.dtype
+    def fits(t): return t is None or t.is_contiguous() and (t.dtype is T or t.dtype is torch.int64)
+    if not all(map(fits, state)): return None
+    if type(state) is KeptState: state.addresses = res
+    return res
 
 def merge(phases, step, x, last, weight, bias, y, saved, state):
     "A forward, or part of it, that writes the state"

@@ -1,0 +1,745 @@
+"""The C kernels beside the formulas in float64: whole calls and parts of them, any form and memory
+layout of what comes in, threads, forks, instruction sets, and that they write where they may"""
+import os,shutil,subprocess,sys,threading
+from pathlib import Path
+import pytest,torch
+from hypothesis import given,strategies as st
+from torch import nn
+from fastai_runbn.formulas import Formulas,State,Step
+from fastai_runbn.kernels import cpu
+from fastai_runbn.kernels.cpu import Kernels
+from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
+from fastai_runbn.moments import auto_momentum
+from impls import backends,names,needs_kernels
+
+root = Path(cpu.__file__).resolve().parent
+T32,T64,B16,H16 = torch.float32,torch.float64,torch.bfloat16,torch.float16
+tols = {T64:1e-11, T32:3e-5, B16:3e-5, H16:3e-5} # of 1 and the largest value of a tensor
+halves = {T64:0., T32:0., B16:2.**-8, H16:2.**-10} # and of each value, in results that are rounded
+each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])
+each_dtype = pytest.mark.parametrize('dtype', list(tols), ids=str)
+
+# ------------------------------------------------------------------------------ what they get
+def laid_out(x, layout):
+    "The values of `x` in another place in memory"
+    if layout=='last': return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout=='strided': return torch.stack((x, x+1), -1)[...,0]
+    if layout=='transposed': return x.transpose(0, -1).contiguous().transpose(0, -1)
+    return x.contiguous()
+
+def of_channels(t, x): return t.view(1, -1, *[1]*(x.ndim-2))
+def coarse(*size): return torch.randn(size).bfloat16().double() # the same in all dtypes
+
+def activations(shape, dtype, layout='contiguous'):
+    "With a mean and a scale of their own in each channel"
+    x = torch.randn(shape)
+    x = x*of_channels(torch.rand(shape[1])*2.7+.3, x)+of_channels(torch.randn(shape[1]), x)
+    return laid_out(x.to(dtype), layout)
+
+def gradients(x, layout='contiguous'):
+    return laid_out((torch.randn(x.shape)+.2).to(x.dtype), layout)
+
+def new_state(C, trained=0, floors=(), known=True):
+    "In float64, of values that float32 has too"
+    mean,var,z = coarse(C)*trained,torch.ones(C).double(),torch.zeros(C).double()
+    if trained: var = coarse(C).abs()+.5
+    avg = [coarse(C),coarse(C).abs()+.5] if trained else [mean.clone(),var.clone()]
+    counters = torch.tensor(7*trained),torch.tensor([2*trained]),torch.tensor(0)
+    kept = [t.clone() for t in avg] if known else [None,None]
+    return State(mean, var, z-trained, *avg, z+9+7*trained, *counters,
+                 torch.tensor((*floors,0.)).double(), coarse(2,C)*trained, *kept)
+
+def narrow(state, T):
+    "A copy in dtype `T`"
+    return State(*[t if t is None else t.to(T if t.is_floating_point() else t.dtype, copy=True)
+                   for t in state])
+
+def statistics_dtype(dtype): return torch.promote_types(dtype, T32)
+
+def near(have, want, tol, what, half=0.):
+    "Finite in the same places, and there as near as that"
+    assert have.shape==want.shape, what
+    have,want = have.double(),want.double()
+    good = want.isfinite()
+    assert torch.equal(have.isfinite(), good), f'{what}: other values are finite'
+    have,want = have[good],want[good]
+    if not len(want): return
+    off = (have-want).abs()-half*want.abs()
+    worst = (off.max()/(1+want.abs().max())).item()
+    assert worst<=tol, f'{what}: off by {worst:.1e} (bound {tol:.0e})'
+
+def same(have, want, what):
+    "To the bit; NaN is NaN"
+    if want is None: assert have is None, what
+    else: torch.testing.assert_close(have, want, rtol=0, atol=0, equal_nan=True,
+                                     msg=lambda m: f'{what}: {m}')
+
+def off_zero(dy, x, weight, bias, saved, step):
+    "`dy`, but 0 where ReLU's argument is so near to 0 that rounding says whether it is open"
+    if step.act!='relu': return dy
+    z = Formulas.normalize(x.double(), weight, bias, saved, step._replace(act=None))
+    return torch.where(z.abs()<1e-3, 0, dy)
+
+# ---------------------------------------------------------------------------------- lockstep
+class Pair:
+    "A state for the formulas, in float64, and one for the kernels; `step` is a batch through both"
+    def __init__(self, C, dtype, affine=True, **state):
+        self.exact,self.dtype,self.T = new_state(C, **state),dtype,statistics_dtype(dtype)
+        self.state,self.tol,self.half = narrow(self.exact, self.T),tols[dtype],halves[dtype]
+        self.affine = [coarse(C),coarse(C)] if affine else [None,None]
+        self.affine32 = [t if t is None else t.to(self.T) for t in self.affine]
+
+    def states(self, at):
+        for name,have,want in zip(State._fields, self.state, self.exact):
+            if want is not None: near(have, want, self.tol, f'{name}, {at}')
+
+    def others_write(self):
+        "As a checkpoint does that is loaded"
+        mean,var = coarse(len(self.exact.mean)),coarse(len(self.exact.mean)).abs()+.5
+        for s in (self.exact,self.state):
+            s.avg_mean.copy_(mean)
+            s.avg_var.copy_(var)
+
+    def step(self, x, step, layout='contiguous', backwards=1, need_dx=True, scale=None, at=''):
+        x64,kept = x.double(),x.clone()
+        y,saved = Kernels.forward(x, *self.affine32, self.state, step)
+        y64,saved64 = Formulas.forward(x64, *self.affine, self.exact, step)
+        assert y.dtype==x.dtype and saved.dtype==self.T
+        near(y, y64, self.tol, f'y, {at}', self.half)
+        near(saved, saved64, self.tol, f'saved, {at}')
+        self.states(at)
+        for i in range(backwards):
+            at_ = f'backward {i}, {at}'
+            dy = off_zero(gradients(x), x, *self.affine, saved64, step)
+            dy = laid_out(dy, layout)
+            dx,*sums = Kernels.backward(dy, x, *self.affine32, saved, self.state.grad, step,
+                                        scale, need_dx)
+            dx64,*sums64 = Formulas.backward(dy.double(), x64, *self.affine, saved64,
+                                             self.exact.grad, step, scale, need_dx)
+            assert (dx is None)==(dx64 is None)!=need_dx
+            if need_dx:
+                assert dx.dtype==x.dtype
+                near(dx, dx64, self.tol, f'dx, {at_}', self.half)
+            for n,have,want in zip(('dw','db'), sums, sums64):
+                near(have, want, self.tol, f'{n}, {at_}')
+            near(saved, saved64, self.tol, f'saved, {at_}')
+            self.states(at_)
+        same(x, kept, 'x')
+
+sizes = st.integers(1,9)
+small = st.tuples(sizes, st.lists(sizes, max_size=3))
+large = st.sampled_from([(129,[3]), (130,[5,4]), (300,[]), (512,[1,2]), (1,[70,70]), (3,[61,67]),
+    (5,[31,33,3]), (64,[16,16]), (67,[250]), (7,[4100]), (160,[13,11])])
+layouts = st.sampled_from(['contiguous','contiguous','last','last','transposed','strided'])
+weights = st.one_of(st.floats(.02,1), st.sampled_from([.3,1.,'scalar','channels']))
+shares = st.one_of(st.just(0.), st.just(.5), st.just(1.), st.just('tensor'))
+step_settings = st.fixed_dictionaries(dict(weight=weights, running_grad=shares,
+    average=st.one_of(st.none(), st.floats(.005,1)), eps=st.sampled_from([1e-3,1e-2]),
+    momentum=st.one_of(st.just(auto_momentum), st.none(), st.floats(.05,1)),
+    clamped=st.booleans(), inclusive=st.booleans(), update=st.sampled_from([True,True,True,False]),
+    act=st.sampled_from([None,'relu','silu']), clip=st.sampled_from([4.,4.,.5]),
+    clip_max=st.sampled_from([1.,1.,.3,2.])))
+states = st.fixed_dictionaries(dict(
+    trained=st.integers(0,1), known=st.sampled_from([True,True,False]),
+    floors=st.lists(st.sampled_from([0.,1e-3,.01,.5,4.,100.]), max_size=12)))
+batches = st.lists(st.fixed_dictionaries(dict(N=sizes, layout=layouts, dy=layouts,
+    bad=st.sampled_from([None,None,None,'nan','inf','-inf']), need_dx=st.booleans(),
+    others_write=st.sampled_from([False,False,False,True]), backwards=st.integers(0,2),
+    scale=st.sampled_from([None,8.,torch.tensor(.25)]))), min_size=1, max_size=4)
+
+@needs_kernels
+@given(shape=st.one_of(small, small, large), dtype=st.sampled_from(list(tols)),
+       affine=st.booleans(), settings=step_settings, state=states, batches=batches,
+       seed=st.integers(0,2**31-1))
+def test_every_call_is_the_formulas(shape, dtype, affine, settings, state, batches, seed):
+    torch.manual_seed(seed)
+    (C,space),settings = shape,dict(settings)
+    tensors = {'scalar':torch.tensor(.375), 'channels':torch.randint(1, 65, (C,)).double()/64,
+               'tensor':torch.tensor(.75)}
+    for k in ('weight','running_grad'):
+        if isinstance(settings[k], str): settings[k] = tensors[settings[k]]
+    pair = Pair(C, dtype, affine, **state)
+    for i,b in enumerate(batches):
+        x = activations((b['N'],C,*space), dtype)
+        if b['bad']: x[-1,torch.randint(C, ()).item()].view(-1)[-1] = float(b['bad'])
+        if b['others_write'] and state['known']: pair.others_write()
+        pair.step(laid_out(x, b['layout']), Step(b['N'], **settings), b['dy'], b['backwards'],
+                  b['need_dx'], b['scale'], f'batch {i}')
+
+@needs_kernels
+@pytest.mark.parametrize('form', [(8,9,9),(8,37)], ids=str)
+@each_layout
+@each_dtype
+def test_300_steps(dtype, layout, form):
+    "Settings as a layer's, batch sizes that change, the floor from over to under the variance"
+    pair = Pair(form[0], dtype, floors=[.5]*20+[.01]*40)
+    for i,bs in enumerate(torch.randint(1, 9, (300,)).tolist()):
+        step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3)
+        pair.step(activations((bs,*form), dtype, layout), step, layout, at=f'step {i}')
+
+@pytest.fixture(params=[0,1,2], ids=['base','avx2','avx512'])
+def instruction_set(request, monkeypatch):
+    if request.param>cpu.instruction_set: pytest.skip('this processor does not have it')
+    monkeypatch.setattr(cpu, 'instruction_set', request.param)
+    cpu.plan.cache_clear()
+    yield request.param
+    cpu.plan.cache_clear()
+
+forms = [(3,5,7,7),(2,130,5,4),(4,6),(1,300,2,2),(2,64,16,16),(2,3,100,90),(2,33,31),(5,7,9,8,2)]
+
+@needs_kernels
+@each_layout
+@each_dtype
+def test_every_instruction_set(instruction_set, dtype, layout):
+    for form in forms:
+        for act in (None,'relu','silu'):
+            pair = Pair(form[1], dtype, floors=[.5]*8)
+            for i in range(3):
+                x = activations(form, dtype, layout)
+                if i==1: x[0,1].view(-1)[0] = float('nan')
+                step = Step(form[0], .3, .02, running_grad=1., eps=1e-3, act=act)
+                pair.step(x, step, layout, 2, scale=2., at=f'{form}, {act}, step {i}')
+
+@needs_kernels
+@each_layout
+@pytest.mark.parametrize('act', [None,'relu','silu'])
+def test_bfloat16_is_float32_rounded_to_the_nearest(act, layout):
+    "To the bit: both are computed alike, and rounded once"
+    a,b = [narrow(new_state(67, trained=1), T32) for _ in range(2)]
+    b = b._replace(**{k:getattr(a, k).clone() for k in State._fields})
+    w,bias = torch.randn(67),torch.randn(67)
+    x = activations((4,67,9,11), B16, layout)
+    x[0,3,0,0],x[1,5,2,2] = float('nan'),float('inf')
+    dy,step = gradients(x, layout),Step(4, .3, running_grad=1., act=act)
+    y,saved = Kernels.forward(x, w, bias, a, step)
+    y32,saved32 = Kernels.forward(x.float(), w, bias, b, step)
+    dx,*sums = Kernels.backward(dy, x, w, bias, saved, a.grad, step)
+    dx32,*sums32 = Kernels.backward(dy.float(), x.float(), w, bias, saved32, b.grad, step)
+    same(y, y32.bfloat16(), 'y'); same(dx, dx32.bfloat16(), 'dx'); same(saved, saved32, 'saved')
+    assert y.isnan().any() and (dx32.bfloat16().float()!=dx32).any()
+    for have,want in zip((*sums,*a), (*sums32,*b)): same(have, want, 'sums and state')
+
+# ------------------------------------------------------------------------------- parts of calls
+@needs_kernels
+@each_layout
+@each_dtype
+@pytest.mark.parametrize('act', [None,'relu','silu'])
+def test_parts_are_the_whole(dtype, layout, act):
+    for form in forms:
+        C,T = form[1],statistics_dtype(dtype)
+        a,affine = narrow(new_state(C, floors=[.5]*99), T),torch.randn(2, C, dtype=T)
+        b,step = narrow(a, T),Step(form[0], .3, .02, None, .5, act=act)
+        for _ in range(2):
+            x = activations(form, dtype, layout)
+            dy = gradients(x, layout)
+            y,saved = Kernels.forward(x, *affine, a, step)
+            saved2 = Kernels.statistics(x, b, step)
+            same(saved2, saved, 'saved'); same(Kernels.normalize(x, *affine, saved2, step), y, 'y')
+            for have,want in zip(Kernels.moments(x), saved[4:6]): same(have, want, 'moments')
+            dx,dw,db = Kernels.backward(dy, x, *affine, saved, a.grad, step, 2.)
+            same(Kernels.sums(dy, x, *affine, saved2, step), torch.stack((db, dw)), 'sums')
+            G,sums = Kernels.reaction(dy, x, *affine, saved2, b.grad, step, 2.)
+            same(sums, torch.stack((db, dw)), 'sums of the reaction')
+            same(Kernels.dx(dy, x, *affine, saved2, G, step), dx, 'dx')
+            same(saved2, saved, 'saved after the backward')
+            for name,have,want in zip(State._fields, b, a): same(have, want, name)
+
+# --------------------------------------------------------------------------- odd things that come
+def dense(t): return t.detach().clone(memory_format=torch.contiguous_format)
+
+def check_odd(x, dy, weight=None, bias=None):
+    "Kernels with these against formulas in float64 with the same values"
+    exact,step = new_state(x.shape[1], trained=1),Step(len(x), .3, .1, running_grad=1., eps=1e-3)
+    state,kept = narrow(exact, statistics_dtype(x.dtype)),(dense(x),dense(dy))
+    x64,dy64,*wide = [t if t is None else dense(t).double() for t in (x,dy,weight,bias)]
+    y,saved = Kernels.forward(x, weight, bias, state, step)
+    y64,saved64 = Formulas.forward(x64, *wide, exact, step)
+    grads = Kernels.backward(dy, x, weight, bias, saved, state.grad, step)
+    grads64 = Formulas.backward(dy64, x64, *wide, saved64, exact.grad, step)
+    tol,half = tols[x.dtype],halves[x.dtype]
+    near(y, y64, tol, 'y', half)
+    for name,have,want in zip(('dx','dw','db'), grads, grads64): near(have, want, tol, name, half)
+    for name,have,want in zip(State._fields, state, exact): near(have, want, tol, name)
+    same(x, kept[0], 'x'); same(dy, kept[1], 'dy')
+
+odd = {
+    '1x1 maps, channels last': lambda: laid_out(torch.randn(2,8,1,1), 'last'),
+    '1x1 maps, any stride there': lambda: torch.randn(64).as_strided((2,8,1,1), (8,1,5,3)),
+    '1x1 maps, channels apart': lambda: torch.randn(200).as_strided((2,8,1,1), (80,9,1,1)),
+    'one sample, any stride': lambda: torch.randn(400).as_strided((1,8,5,5), (7,25,5,1)),
+    'one sample, channels last': lambda: torch.randn(400).as_strided((1,8,5,5), (3,1,40,8)),
+    'one channel, channels last': lambda: laid_out(torch.randn(3,1,5,5), 'last'),
+    'one channel, any stride': lambda: torch.randn(75).as_strided((3,1,5,5), (25,11,5,1)),
+    'one row': lambda: torch.randn(2,8,1,5).transpose(2,3),
+    'one row, any stride': lambda: torch.randn(80).as_strided((2,8,1,5), (40,5,99,1)),
+    'one value': lambda: torch.randn(9).as_strided((1,1,1,1), (4,3,2,9)),
+    'one row of an array': lambda: torch.randn(90).as_strided((1,8), (50,1)),
+    'one column': lambda: torch.randn(30).as_strided((7,1), (4,1)),
+    'a column of length 1': lambda: torch.randn(24).as_strided((3,8,1), (8,1,17)),
+    'rows, channels last': lambda: torch.randn(3,9,8).mT,
+    'a map of rows': lambda: torch.randn(1,8,9).mT.contiguous().mT,
+    'every second pixel': lambda: torch.randn(2,8,9,9)[...,::2,::2],
+    'some channels': lambda: torch.randn(2,12,5,5)[:,3:11],
+    'some channels of channels last': lambda: laid_out(torch.randn(2,12,5,5), 'last')[:,3:11],
+    'a column of rows': lambda: torch.randn(6,20)[:,5:13],
+    'from the middle': lambda: torch.randn(401)[1:].view(2,8,5,5),
+    'expanded samples': lambda: torch.randn(1,8,5,5).expand(3,-1,-1,-1),
+    'expanded pixels': lambda: torch.randn(3,8,1,1).expand(-1,-1,5,5),
+    'overlapping': lambda: torch.randn(2,8,30).unfold(2, 5, 2),
+    'depth last': lambda: torch.randn(2,4,5,3,8).permute(0,4,2,3,1),
+    'channels last, 3-d': lambda: laid_out(torch.randn(2,8,3,4,5), 'last'),
+    'one slice, 3-d': lambda: laid_out(torch.randn(2,8,1,4,1), 'last'),
+    '6-d': lambda: torch.randn(2,8,2,3,2,2),
+    'imaginary, of a conjugate': lambda: torch.randn(2,8,5,5, dtype=torch.cfloat).conj().imag,
+}
+
+def in_dtype(x, dtype):
+    "With the same strides, where `to` would have others"
+    if x.dtype==dtype or x.is_neg(): return x.to(dtype)
+    whole = x.new_empty(0).set_(x.untyped_storage())
+    return whole.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+@needs_kernels
+@pytest.mark.parametrize('dtype', [T32,B16], ids=str)
+@pytest.mark.parametrize('kind', odd)
+def test_activations_of_any_strides(kind, dtype):
+    x,dy = [in_dtype(odd[kind](), dtype) for _ in range(2)]
+    check_odd(x, dy)
+    for way in ('contiguous','last'):
+        check_odd(x, laid_out(dy, way))
+        check_odd(laid_out(x, way), dy)
+
+def expanded(x, *shape): return torch.randn(shape).to(x.dtype).expand_as(x)
+others = {
+    'expanded from a scalar': lambda x: expanded(x),
+    'expanded from channels': lambda x: expanded(x, 1, x.shape[1], 1, 1),
+    'expanded from samples': lambda x: expanded(x, len(x), 1, 1, 1),
+    'contiguous': lambda x: gradients(x),
+    'channels last': lambda x: gradients(x, 'last'),
+    'strided': lambda x: gradients(x, 'strided'),
+    'transposed': lambda x: gradients(x, 'transposed'),
+    'float64': lambda x: gradients(x).double(),
+    'float32': lambda x: gradients(x).float(),
+    'bfloat16': lambda x: laid_out(gradients(x).bfloat16(), 'last'),
+    'float16': lambda x: gradients(x).half(),
+}
+
+@needs_kernels
+@pytest.mark.parametrize('kind', others)
+@each_layout
+@each_dtype
+def test_gradients_of_any_kind(dtype, layout, kind):
+    for form in ((3,8,5,7),(2,130,3,3),(1,1,4,4)):
+        x = activations(form, dtype, layout)
+        check_odd(x, others[kind](x), torch.randn(form[1]), torch.randn(form[1]))
+
+@needs_kernels
+@pytest.mark.parametrize('loss', [torch.sum, torch.mean, lambda y: y.mean((2,3)).square().sum(),
+    lambda y: y.mT.flatten()[::3].sum(), lambda y: y.double().pow(2).sum()],
+    ids=['sum','mean','pooled','some','double'])
+@each_layout
+def test_gradients_that_autograd_makes(layout, loss):
+    a,b = RunningBatchNorm2d(6),RunningBatchNorm2d(6, backend='formulas').double()
+    for _ in range(5):
+        x = activations((3,6,7,5), T32, layout).requires_grad_()
+        x64 = dense(x).double().requires_grad_()
+        for layer,inp in ((a,x),(b,x64)): layer.zero_grad(); loss(layer(inp)).backward()
+        near(x.grad, x64.grad, 1e-5, 'dx')
+        for (n,p),q in zip(a.named_parameters(), b.parameters()): near(p.grad, q.grad, 1e-5, n)
+        near(a.window_grad, b.window_grad, 1e-5, 'running gradient')
+    assert a.path=='cpu'
+
+parameters = {
+    'every second': lambda C: torch.randn(2*C)[::2],
+    'expanded': lambda C: torch.full((1,), 1.5).expand(C),
+    'a column': lambda C: torch.randn(C,3)[:,1],
+    'from the middle': lambda C: torch.randn(C+1)[1:],
+    'float64': lambda C: torch.randn(C).double(),
+    'bfloat16': lambda C: torch.randn(C).bfloat16(),
+    'float16': lambda C: torch.randn(2*C).half()[::2],
+}
+
+@needs_kernels
+@pytest.mark.parametrize('kind', parameters)
+@each_layout
+@pytest.mark.parametrize('dtype', [T32,T64,B16], ids=str)
+def test_parameters_of_any_kind(dtype, layout, kind):
+    for C in (1,7,130):
+        x,make = activations((3,C,5,4), dtype, layout),parameters[kind]
+        for weight,bias in ((make(C),make(C)), (None,make(C)), (make(C),None)):
+            check_odd(x, gradients(x, layout), weight, bias)
+
+@needs_kernels
+@each_layout
+@pytest.mark.parametrize('dtype', [B16,H16], ids=str)
+def test_layers_in_half_precision(dtype, layout):
+    "Parameters and running statistics are, the window is not; somebody writes the statistics"
+    a,b = [RunningBatchNorm2d(6, backend=n).to(dtype) for n in ('auto','formulas')]
+    for i in range(20):
+        if i==10: a.running_mean.fill_(.5); b.running_mean.fill_(.5)
+        x = activations((3,6,7,5), dtype, layout)
+        dy,inputs = gradients(x, layout),[x.clone().requires_grad_() for _ in range(2)]
+        ys = []
+        for layer,inp in zip((a,b), inputs):
+            layer.zero_grad()
+            ys.append(layer(inp))
+            ys[-1].backward(dy)
+        assert a.path=='cpu' and (a.running_var.dtype,a.window_var.dtype)==(dtype,T32)
+        half = 2*halves[dtype]
+        near(ys[0], ys[1], 1e-5, 'y', half)
+        near(inputs[0].grad, inputs[1].grad, 1e-5, 'dx', half)
+        for (n,p),q in zip(a.named_parameters(), b.parameters()):
+            near(p.grad, q.grad, 1e-5, n, half)
+        for (n,p),q in zip(a.named_buffers(), b.buffers()):
+            near(p, q, 1e-5, n, 0 if n.startswith('window') else half)
+        assert (a.samples_seen>2**40)==(i>=10)
+
+# ------------------------------------------------------------------------------------- accuracy
+def outlier(x, where):
+    if where=='first value': x[0,:,0,0] = 1e6
+    if where=='first row': x[0,:,0] = 1e6
+    if where=='first sample': x[0] = 1e6
+    return x
+
+def relative(have, want): return ((have-want)/want).abs().max().item()
+
+@needs_kernels
+@each_layout
+@pytest.mark.parametrize('where', ['nowhere','first value','first row','first sample'])
+@pytest.mark.parametrize('ratio', [1e4,1e5])
+@pytest.mark.parametrize('form', [(8,16,24,24),(2,3,150,150),(32,130,5,5)], ids=str)
+def test_variance_beside_a_large_mean(form, ratio, where, layout):
+    x = laid_out(outlier(torch.randn(form)+ratio, where), layout)
+    mean,var = Kernels.moments(x)
+    var64,mean64 = torch.var_mean(x.double(), (0,2,3), correction=0)
+    assert relative(var.double(), var64)<1e-3 and relative(mean.double(), mean64)<1e-6
+    state = narrow(new_state(form[1]), T32)
+    saved = Kernels.statistics(x, state, Step(form[0], .3, clamped=False))
+    for have in (saved[1],state.var,state.avg_var): assert relative(have.double(), var64)<1e-3
+
+small_variance = ('window and average begin as var + 1*(v-var) with var=1, '
+                  'which leaves of a small v what is left beside 1: torch.lerp, not so')
+
+@pytest.mark.parametrize('backend', ['formulas', pytest.param('auto', marks=[needs_kernels,
+    pytest.mark.xfail(strict=True, reason=small_variance)])])
+@pytest.mark.parametrize('mean,sigma', [(1.,1e-4),(0.,1e-3)])
+def test_small_variance_of_a_first_batch(mean, sigma, backend):
+    layer,x = RunningBatchNorm2d(4, backend=backend),torch.randn(8,4,16,16)*sigma+mean
+    layer(x)
+    var64 = x.double().var((0,2,3), correction=0)
+    assert layer.path==names[backend]
+    for var in (layer.window_var,layer.running_var): assert relative(var.double(), var64)<1e-3
+
+# --------------------------------------------------------------- settings that kernels read wrong
+@needs_kernels
+@pytest.mark.xfail(strict=True, reason='window functions may return it; read as (C,), past its end')
+def test_weight_of_one_element():
+    weight = torch.tensor([.25]+[.75]*63)[:1] # beyond its end is memory that may be read, here
+    pair = Pair(8, T32)
+    for _ in range(3): pair.step(activations((4,8,5,5), T32), Step(4, weight))
+
+@needs_kernels
+@pytest.mark.xfail(strict=True, reason='formulas seed the window at each batch, for NaN!=NaN')
+def test_statistics_with_nan_are_taken_over_once():
+    pair = Pair(4, T64, trained=1)
+    for s in (pair.exact,pair.state): s.avg_mean[1] = float('nan')
+    for _ in range(3): pair.step(activations((4,4,5,5), T64), Step(4, .3, .1, running_grad=1.))
+
+# -------------------------------------------------------------------------------------- threads
+@pytest.fixture
+def threads():
+    n = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(n)
+
+def some_steps(form, dtype, layout, act, steps=3):
+    "Everything that comes out of a few batches"
+    torch.manual_seed(0)
+    C,T = form[1],statistics_dtype(dtype)
+    state,(w,b) = narrow(new_state(C, floors=[.5]*5), T),torch.randn(2, C, dtype=T)
+    res,step = [],Step(form[0], .3, .02, running_grad=1., act=act)
+    for i in range(steps):
+        x = activations(form, dtype, layout)
+        if i==1: x[0,1].view(-1)[3] = float('nan')
+        y,saved = Kernels.forward(x, w, b, state, step)
+        grads = Kernels.backward(gradients(x, layout), x, w, b, saved, state.grad, step)
+        res += [y,saved,*grads,*[t.clone() for t in state]]
+    return res
+
+wide_forms = [(2,37,41,43),(3,130,17,19),(1,2,181,191),(2,515,5,7),(2,64,64,64)] # over 16384 values
+
+@needs_kernels
+@each_layout
+@each_dtype
+def test_results_do_not_depend_on_the_number_of_threads(dtype, layout, threads):
+    for form,act in zip(wide_forms, (None,'silu','relu','silu',None)):
+        threads(1)
+        want = some_steps(form, dtype, layout, act)
+        for n in (2,3):
+            threads(n)
+            have = some_steps(form, dtype, layout, act)
+            for h,w in zip(have, want): same(h, w, f'{n} threads')
+
+@needs_kernels
+@each_layout
+def test_work_of_any_number_of_threads_in_any_order(layout, threads, monkeypatch):
+    "A pool that is not PyTorch's: of 1 to 7 threads, as many as were asked for or fewer"
+    asked,kind = [],cpu.ctypes.CFUNCTYPE(None, *[cpu.ctypes.c_void_p]*2, *[cpu.ctypes.c_uint]*2)
+    def pool(work, job, n, flags):
+        asked.append(n)
+        work = cpu.ctypes.CFUNCTYPE(None, cpu.ctypes.c_void_p)(work)
+        ts = [threading.Thread(target=work, args=(job,)) for _ in range(max(1, n-1))]
+        for t in ts: t.start()
+        for t in ts: t.join()
+    pool = kind(pool)
+    form = (2,37,41,43)
+    want = some_steps(form, T32, layout, 'silu')
+    monkeypatch.setattr(cpu, 'parallel', cpu.ctypes.cast(pool, cpu.ctypes.c_void_p).value)
+    for n in range(1,8):
+        monkeypatch.setattr(cpu, 'threads', lambda: n)
+        asked.clear()
+        for h,w in zip(some_steps(form, T32, layout, 'silu'), want): same(h, w, f'{n} threads')
+        assert set(asked)==({n} if n>1 else set())
+    asked.clear()
+    some_steps((2,5,9,9), T32, layout, None)
+    assert not asked, 'threads for next to nothing'
+
+def train(layer, dtype, layout, seed, steps=12):
+    gen,res = torch.Generator().manual_seed(seed),[]
+    for _ in range(steps):
+        x = torch.randn(4,16,40,40, generator=gen).to(dtype)
+        x = laid_out(x, layout).requires_grad_()
+        y = layer(x)
+        y.square().sum().backward()
+        res += [y.detach(),x.grad]
+    return res+[p.grad for p in layer.parameters()]+[b.clone() for b in layer.buffers()]
+
+@needs_kernels
+@pytest.mark.parametrize('n', [1,2])
+def test_two_threads_at_once(n, threads):
+    "Of Python, each with its own layer"
+    threads(n)
+    kinds,start = [(T32,'contiguous'),(B16,'last')],threading.Barrier(2)
+    want = [train(RunningBatchNorm2d(16), *k, seed=i) for i,k in enumerate(kinds)]
+    have = [None,None]
+    def run(i):
+        layer = RunningBatchNorm2d(16)
+        start.wait(60)
+        have[i] = train(layer, *kinds[i], seed=i)
+        assert layer.path=='cpu'
+    ts = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    for h,w in zip(have, want):
+        assert h is not None
+        for a,b in zip(h, w, strict=True): same(a, b, 'two at once')
+
+forked = '''
+import os,signal,sys,time,torch
+from fastai_runbn.layers import RunningBatchNorm2d
+torch.set_num_threads(int(sys.argv[1]))
+layer,bn = RunningBatchNorm2d(16),torch.nn.BatchNorm2d(16)
+def use():
+    for norm in (layer,bn):
+        x = torch.randn(4,16,48,48, requires_grad=True)
+        norm(x).square().sum().backward()
+        assert x.grad.isfinite().all()
+    assert layer.path=='cpu'
+use()
+child = os.fork()
+if child==0:
+    try:
+        torch.set_num_threads(1) # as workers of a DataLoader do
+        use()
+        os._exit(0)
+    except BaseException as e: print(repr(e), file=sys.stderr, flush=True)
+    os._exit(1)
+end = time.monotonic()+60
+while time.monotonic()<end:
+    done,status = os.waitpid(child, os.WNOHANG)
+    if done: break
+    time.sleep(.05)
+else:
+    os.kill(child, signal.SIGKILL)
+    sys.exit('the child hangs')
+use()
+sys.exit(os.waitstatus_to_exitcode(status))
+'''
+
+@needs_kernels
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+@pytest.mark.parametrize('n', [1,2])
+def test_fork(n):
+    "A child computes on one thread, as PyTorch's own operators do, though its parent had a pool"
+    done = subprocess.run([sys.executable, '-c', forked, str(n)], cwd=root.parent.parent,
+                          timeout=180, capture_output=True, text=True)
+    assert done.returncode==0, done.stderr
+
+# ------------------------------------------------------------------------------ version counters
+@pytest.mark.parametrize('dtype', [T32,B16], ids=str)
+@pytest.mark.parametrize('backend', backends)
+def test_a_training_forward_between_an_evaluation_and_its_backward(backend, dtype):
+    "Statistics that a backward needs are gone: an error (BatchNorm's CPU kernel says nothing)"
+    norm = RunningBatchNorm2d(4, backend=backend).to(dtype)
+    x = torch.randn(2,4,3,3, dtype=dtype, requires_grad=True)
+    norm(x)
+    y = norm.eval()(x)
+    y.sum().backward(retain_graph=True) # nothing has happened yet
+    norm(x).sum().backward()
+    norm.train()(x)
+    assert norm.path==names[backend]
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.sum().backward()
+
+@pytest.mark.parametrize('backend', backends)
+def test_version_counters_of_the_statistics(backend):
+    "Up with each forward in training, by a view too; not in evaluation"
+    norm,x = RunningBatchNorm2d(4, backend=backend),torch.randn(2,4,3,3)
+    def versions(): return [norm.running_mean._version,norm.running_var[1:]._version]
+    for training,rises in ((True,True),(True,True),(False,False)):
+        before = versions()
+        norm.train(training)(x)
+        assert all((a>b)==rises for a,b in zip(versions(), before))
+
+# --------------------------------------------------------------------------------------- memory
+driver = r'''
+#include "cpu.c"
+#include <pthread.h>
+#include <stdio.h>
+typedef struct { void (*f)(void *); void *arg; } todo;
+static void *one(void *t) { ((todo *)t)->f(((todo *)t)->arg); return 0; }
+static void pool(void (*f)(void *), void *arg, unsigned n, unsigned flags) {
+    pthread_t t[8];
+    todo what = {f, arg};
+    for (unsigned i = 1; i < n; i++) pthread_create(t + i, 0, one, &what);
+    f(arg);
+    for (unsigned i = 1; i < n; i++) pthread_join(t[i], 0);
+}
+static void *bufs[64];
+static int made;
+static void *get(i64 bytes) { // exactly so many, of no number; as aligned as PyTorch's
+    void *p;
+    if (posix_memalign(&p, 64, bytes)) abort();
+    memset(p, 0xff, bytes);
+    return bufs[made++] = p;
+}
+static double rnd(void) {
+    static uint32_t s = 1;
+    s = s * 1664525u + 1013904223u;
+    return (s >> 8) / 8388608. - 1;
+}
+static void set(void *p, i64 i, int type, double v) {
+    float f = v;
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if (type == 1) ((double *)p)[i] = v;
+    else if (type == 0) ((float *)p)[i] = f;
+    else ((uint16_t *)p)[i] = u >> 16;
+}
+static const int bytes[] = {4, 8, 2};
+static void *some(i64 n, int type, double from, double spread) {
+    void *p = get(n * bytes[type]);
+    for (i64 i = 0; i < n; i++) set(p, i, type, from + spread * rnd());
+    return p;
+}
+static void check(const void *p, i64 n, int type, const char *what, const call *c) {
+    for (i64 i = 0; i < n; i++) {
+        uint32_t u = type == 2 ? ((uint16_t *)p)[i] << 16 : 0;
+        float f;
+        memcpy(&f, &u, 4);
+        double v = type == 1 ? ((double *)p)[i] : type == 0 ? ((float *)p)[i] : f;
+        if (v - v == 0) continue;
+        printf("%s[%d] is %g: isa %d type %d N %d C %d S %d last %d act %d\n", what, (int)i, v,
+               (int)c->isa, (int)c->type, (int)c->N, (int)c->C, (int)c->S, (int)c->last,
+               (int)c->act);
+        exit(2);
+    }
+}
+static void try(int isa, int type, i64 N, i64 C, i64 S, int last, int act, int split, int lean) {
+    i64 n = N * C * S, counters[3] = {0, 3, 0};
+    int wide = type == 1; // type of the statistics
+    call c = {.type = type, .isa = isa, .N = N, .C = C, .S = S, .last = last, .act = act,
+              .samples = N, .weight = .3, .average = .1, .momentum = .2, .eps = 1e-3, .clip = 4,
+              .clip_max = 1, .pays = 1, .threads = 3, .scale = 1, .par = pool};
+    c.flags = UPDATE | CLAMPED | CLIPPED | RUNNING | OWN_AVERAGE | (lean ? SET : 0);
+    c.batches = counters; c.seen = counters + 1; c.skipped = counters + 2;
+    c.x = some(n, type, 1, 2);
+    c.y = get(n * bytes[type]);
+    if (!lean) { c.gamma = some(C, wide, 1, .5); c.beta = some(C, wide, 0, 1); }
+    if (lean) c.weights = some(C, wide, .5, .4);
+    void **zeros[] = {&c.mean, &c.count, &c.avg_mean, &c.steps};
+    for (int i = 0; i < 4; i++) *zeros[i] = some(C, wide, i == 3 ? 9 : 0, 0);
+    c.var = some(C, wide, 1, 0);
+    c.avg_var = some(C, wide, 1, 0);
+    if (!lean) { c.known_mean = some(C, wide, 0, 0); c.known_var = some(C, wide, 1, 0); }
+    c.floors = some(c.n_floors = 4, wide, .01, 0);
+    c.grad = some(2 * C, wide, 0, 1);
+    c.saved = get(7 * C * bytes[wide]);
+    int parts[2][4] = {{MOMENTS | MERGE | NORMALISE, 0}, {MOMENTS, MERGE, NORMALISE, 0}};
+    if (split && !last) parts[1][0] = MOMENTS | MERGE, parts[1][1] = NORMALISE, parts[1][2] = 0;
+    for (int *p = parts[split]; *p; p++) { c.phases = *p; if (runbn_forward(&c)) exit(3); }
+    check(c.y, n, type, "y", &c);
+    check(c.saved, 7 * C, wide, "saved", &c);
+    c.dy = some(n, type, 0, 1);
+    c.dbeta = get(C * bytes[wide]);
+    c.dgamma = get(C * bytes[wide]);
+    c.y = get(n * bytes[type]);
+    if (split) c.G = get(2 * C * bytes[wide]);
+    int back[2][4] = {{SUMS | REACT | DX, 0}, {SUMS | REACT, SUMS, DX, 0}};
+    for (int *p = back[split]; *p; p++) { c.phases = *p; if (runbn_backward(&c)) exit(3); }
+    check(c.y, n, type, "dx", &c);
+    check(c.dbeta, C, wide, "dbeta", &c);
+    check(c.dgamma, C, wide, "dgamma", &c);
+    check(c.grad, 2 * C, wide, "grad", &c);
+    void *state[] = {c.mean, c.var, c.count, c.avg_mean, c.avg_var, c.steps};
+    for (int i = 0; i < 6; i++) check(state[i], C, wide, "state", &c);
+    if (counters[0] != 1 || counters[1] != 3 + N || counters[2]) exit(4);
+    while (made) free(bufs[--made]);
+}
+int main(int argc, char **argv) {
+    static const i64 shapes[][3] = {{1, 1, 1}, {2, 3, 1}, {1, 130, 1}, {7, 5, 3}, {3, 1, 17},
+        {2, 4, 16}, {1, 3, 33}, {2, 7, 63}, {3, 33, 15}, {2, 129, 7}, {5, 9, 31}, {1, 2, 100},
+        {2, 127, 9},
+        {1, 128, 20}, {33, 64, 1}, {4, 100, 5}, {2, 16, 130}, {1, 5, 2049}, {3, 37, 200},
+        {2, 513, 25}, {1, 1, 20011}, {9, 300, 8}, {2, 24, 777}, {500, 33, 1}, {3, 600, 16},
+        {1, 64, 16384}, {4, 512, 256}, {1, 24, 44000}};
+    int isas = atoi(argv[1]), n = atoi(argv[2]), tried = 0;
+    for (int i = 0; i < least(n, sizeof shapes / sizeof *shapes); i++) {
+        const i64 *s = shapes[i];
+        int big = s[0] * s[1] * s[2] > 500000;
+        for (int isa = 0; isa <= isas; isa++) for (int type = 0; type < 3; type++)
+            for (int last = 0; last < 2; last++) for (int act = 0; act < 3; act++)
+                for (int k = 0; k < 4 && !(big && (k || act)); k++, tried++)
+                    try(isa, type, s[0], s[1], s[2], last, act, k & 1, k >> 1);
+    }
+    printf("%d\n", tried);
+    return 0;
+}
+'''
+flags = '-std=gnu11 -g -fno-math-errno -fno-trapping-math -fopenmp-simd -pthread -Wno-psabi'.split()
+sanitize = '-O1 -fsanitize=address,undefined -fno-sanitize-recover=all'.split()
+
+def compiled(cc, d, *options, source=driver):
+    "The driver, or `None`"
+    (d/'driver.c').write_text(source)
+    done = subprocess.run([cc, *flags, *options, f'-I{root}', 'driver.c', '-o', 'driver', '-lm'],
+                          cwd=d, capture_output=True, text=True)
+    return d/'driver' if done.returncode==0 else print(done.stderr)
+
+def test_nothing_is_written_out_of_bounds(request, tmp_path):
+    "Buffers of exactly the size; all types, layouts, activations, instruction sets; threads too"
+    if not request.config.getoption('--slow'): pytest.skip('takes a minute, run with pytest --slow')
+    cc = os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang') or shutil.which('cc')
+    if not cc: pytest.skip('no C compiler')
+    exe,sets = None,cpu.instruction_set
+    if compiled(cc, tmp_path, *sanitize, source='int main(void) { return 0; }'):
+        exe,command,shapes = compiled(cc, tmp_path, *sanitize),[],99
+    elif shutil.which('valgrind'): # which has no AVX-512, and takes its time
+        exe,sets = compiled(cc, tmp_path, '-O2'),min(sets, 1)
+        command,shapes = ['valgrind','-q','--error-exitcode=9','--leak-check=full'],20
+    else: pytest.skip('neither AddressSanitizer nor valgrind')
+    assert exe
+    fill = 'max_malloc_fill_size=1000000000:malloc_fill_byte=255' # what is read is what was written
+    done = subprocess.run([*command, exe, str(sets), str(shapes)], capture_output=True, text=True,
+                          env={**os.environ, 'ASAN_OPTIONS':fill}, timeout=900)
+    assert done.returncode==0, done.stdout+done.stderr[-3000:]
+    assert int(done.stdout)>1000 and not done.stderr
