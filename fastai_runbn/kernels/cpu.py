@@ -59,12 +59,14 @@ def layout(
 def readable(x):
     "`x` as the kernels read it, and its layout; a copy where it is in neither, or float16"
     if x.dtype is torch.float16: x = x.float()
+    if x.is_neg(): x = x.resolve_neg() # where autograd has only noted a minus
     last = layout(x)
     return (x,last) if last is not None else (x.contiguous(),layout(x.contiguous()))
 
 def like(dy, x, last):
     "`dy` as the kernels read it beside `x`"
-    if dy.dtype is x.dtype and (dy.stride()==x.stride() or layout(dy)==last): return dy
+    real = dy.dtype is x.dtype and not dy.is_neg() and dy.data_ptr() # no memory: all zeros
+    if real and (dy.stride()==x.stride() or layout(dy)==last): return dy
     return torch.empty_like(x).copy_(dy)
 
 def as_statistics(t, T):
@@ -83,13 +85,14 @@ def plan(step, N, C, size, last, dtype)->bytes:
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
         | CUMULATIVE*(step.momentum is None)
         | (CLIPPED|RUNNING)*(torch.is_tensor(step.running_grad) or running>0))
-    weight = 0. if torch.is_tensor(step.weight) and step.weight.ndim else float(step.weight)
+    weight = 0. if isinstance(step.weight, Tensor) and step.weight.ndim else float(step.weight)
     average = 0. if step.average is None else float(step.average)
     return pack_plan(_types[dtype], instruction_set, N, C, size//(N*C), last, _acts[step.act],
         step.samples, flags, weight, average, step.momentum or 0., step.eps, step.clip,
         step.clip_max, running)
 
 _nowhere = [0]*13
+_step = Step(1, 1.) # where its numbers do not matter
 
 def call(
     f, # `kernels.runbn_forward` or `kernels.runbn_backward`
@@ -110,9 +113,12 @@ def call(
     scale:float=1., # Loss scale
 )->int: # `DONE`, or `CHANGED`: others have written the statistics
     "Call a kernel"
-    C,weights = saved.shape[1],None
-    if type(step.weight) is Tensor and step.weight.ndim: weights = as_statistics(step.weight, saved.dtype)
-    res = f(plan(step, x.shape[0], C, x.numel(), last, x.dtype)+pack_call(
+    C,weights,plan_ = saved.shape[1],None,plan
+    if isinstance(step.weight, Tensor):
+        plan_ = plan.__wrapped__ # it may change
+        if step.weight.ndim: weights = as_statistics(step.weight, saved.dtype)
+    elif isinstance(step.running_grad, Tensor) or isinstance(step.average, Tensor): plan_ = plan.__wrapped__
+    res = f(plan_(step, x.shape[0], C, x.numel(), last, x.dtype)+pack_call(
         phases, threads(), floors, scale, parallel, x.data_ptr(),
         0 if dy is None else dy.data_ptr(), 0 if weight is None else weight.data_ptr(),
         0 if bias is None else bias.data_ptr(), 0 if y is None else y.data_ptr(), *state,
@@ -150,7 +156,8 @@ def merge(phases, step, x, last, weight, bias, y, saved, state):
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
-    if step.update: torch.autograd.graph.increment_version((state.avg_mean,state.avg_var))
+    if step.update:
+        for t in (state.avg_mean,state.avg_var): torch.autograd.graph.increment_version(t)
 
 def react(phases, step, x, last, weight, bias, dx, saved, dy, running, G, scale):
     "A backward, or part of it, that writes the running gradient: gradients of weight and bias"
@@ -179,7 +186,7 @@ class Kernels(Formulas):
     def moments(cls, x):
         x,last = readable(x)
         saved = torch.empty((7,x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-        call(kernels.runbn_forward, MOMENTS, Step(len(x), 1.), x, last, None, None, None, saved)
+        call(kernels.runbn_forward, MOMENTS, _step, x, last, None, None, None, saved)
         return saved[4],saved[5]
 
     @classmethod
