@@ -16,17 +16,20 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import AutoMomentum,SampleWindow,auto_momentum,average_share,head_start,lesson10_weight,merge_moments,trust,window_share,window_weight
+from .moments import AutoMomentum,SampleWindow,auto_momentum,average_share,head_start
+from .moments import lesson10_weight,merge_moments,trust,window_share,window_weight
 from .formulas import Saved,State,react,to_save
+from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
 from .layers import RunningBatchNormMixin
 
 # %% ../nbs/09_distributed.ipynb #6f7a23d6
-_flat_names = 'window_mean','window_var','window_count','running_mean','running_var','eval_steps' # `(C,)` each
-_number_names = 'num_batches_tracked','samples_seen','skipped_batches'                           # one value each
+_flat_names = ('window_mean','window_var','window_count','running_mean','running_var',
+    'eval_steps') # `(C,)` each
+_number_names = 'num_batches_tracked','samples_seen','skipped_batches' # one value each
 
 class _Flat(NamedTuple):
-    "The state of L layers with C channels together: float64 `(C,)`, the gradient `(2,C)`; the last three whole numbers `(L,)`"
+    "The state of L layers with C channels together: float64; whole numbers of layers at the end"
     mean:Tensor
     var:Tensor
     count:Tensor
@@ -53,7 +56,9 @@ class _Pack:
 
     def expand(self, t):
         "One value a layer, `(*,L)`, as one a channel, `(*,C)`"
-        if self.index is None or self.index.device!=t.device: self.index = torch.repeat_interleave(torch.arange(self.L), torch.tensor(self.sizes)).to(t.device)
+        if self.index is None or self.index.device!=t.device:
+            index = torch.repeat_interleave(torch.arange(self.L), torch.tensor(self.sizes))
+            self.index = index.to(t.device)
         return t.index_select(-1, self.index)
 
     def read(self):
@@ -73,18 +78,20 @@ class _Pack:
             bufs += [l._buffers[name].view(()) for l in self.layers]
             values += t.unbind()
         torch._foreach_copy_(bufs, values)
-        torch._foreach_copy_([b for l in self.layers for b in (l.known_mean,l.known_var)], [b for l in self.layers for b in (l.running_mean,l.running_var)])
+        known = [b for l in self.layers for b in (l.known_mean,l.known_var)]
+        torch._foreach_copy_(known, [b for l in self.layers for b in (l.running_mean,l.running_var)])
 
 # %% ../nbs/09_distributed.ipynb #c777b552
 @patch
 def wire(self:_Pack, device, rows=6):
-    "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and both parts of them"
+    "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and as parts"
     flat = torch.zeros(rows*self.C+3*self.L, dtype=torch.float64, device=device)
     return flat,flat[:rows*self.C].view(rows, self.C),flat[rows*self.C:].view(3, self.L)
 
 def _number(value, like):
     "`value` as a scalar tensor, made once"
-    return value if value is None or torch.is_tensor(value) else _full(float(value), like.dtype, like.device)
+    if value is None or torch.is_tensor(value): return value
+    return _full(float(value), like.dtype, like.device)
 
 @lru_cache(maxsize=1024)
 def _full(value, dtype, device):
@@ -102,7 +109,8 @@ def _rounds(notes):
 @patch
 def flat(self:_Pack, got, k, like):
     "Item `k` of the notes `got` of each layer, one after the other; zeros for a layer that has none"
-    return torch.cat([got[i][k] if i in got else like.new_zeros(n) for i,n in enumerate(self.sizes)], -1).double()
+    parts = [got[i][k] if i in got else like.new_zeros(n) for i,n in enumerate(self.sizes)]
+    return torch.cat(parts, -1).double()
 
 @patch
 def numbers(self:_Pack, got, k, like):
@@ -112,42 +120,50 @@ def numbers(self:_Pack, got, k, like):
 # %% ../nbs/09_distributed.ipynb #c89e63a6
 @patch
 def add_moments(self:_Pack, sums, head, notes, mean):
-    "Add batches, `(layer, mean, variance, M, samples)` each, to the rows $M$, $Md$, $M(v+d^2)$ of `sums`; a channel that is not finite adds nothing"
+    "Add batches, `(layer, mean, variance, M, samples)` each, to rows $M$, $Md$, $M(v+d^2)$ of `sums`"
     for got in _rounds(notes):
-        m,v,M,bs = self.flat(got, 0, mean),self.flat(got, 1, mean),self.numbers(got, 2, mean),self.numbers(got, 3, mean)
+        m,v = self.flat(got, 0, mean),self.flat(got, 1, mean)
+        M,bs = self.numbers(got, 2, mean),self.numbers(got, 3, mean)
         d,n = m-mean,self.expand(M)
         q = torch.addcmul(v, d, d)
-        sums.add_(torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0))
+        sums.add_(torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)) # not what is not finite
         head.add_(torch.stack((M, bs, M>0)))
 
 @patch
 def add_gradients(self:_Pack, sums, notes, like):
     "Add sums, `(layer, sums of dy and of dy times x, M)` each, to the rows $M$, $Mg_1$, $Mg_2$ of `sums`"
     for got in _rounds(notes):
-        g = torch.cat([got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)], 1).double()
-        sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((self.expand(self.numbers(got, 1, like))[None], g)), 0))
+        parts = [got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)]
+        g,M = torch.cat(parts, 1).double(),self.expand(self.numbers(got, 1, like))
+        sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((M[None], g)), 0))
 
 # %% ../nbs/09_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
-    "Weight of batches of `bs` samples by the `window` setting `rule`; only for a function of the user's are they looked at"
+    "Weight of batches of `bs` samples by a `window` setting; a user's function looks at values"
     if callable(rule) and type(rule) is not SampleWindow and rule is not lesson10_weight:
-        return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in zip(bs.tolist(), M.tolist())])
+        sizes = zip(bs.tolist(), M.tolist())
+        return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
     return window_weight(rule, bs, M)
 
 @patch
 def rules(self:_Pack):
     "The layers' window, length of the average and momentum, as they are now"
-    kept = {id(r):r.detach().clone() for l in self.layers if torch.is_tensor(r := l.window)} # a schedule's, which goes on
+    windows = [l.window for l in self.layers if torch.is_tensor(l.window)] # of a schedule, that goes on
+    kept = {id(w):w.detach().clone() for w in windows}
     return [_Rule(kept.get(id(l.window), l.window), l.eval_window, l.momentum) for l in self.layers]
 
 @patch
 def weights(self:_Pack, rules, bs, M):
-    "Weights of a pooled batch in window and average, `(C,)` each, and where the average is the window itself"
+    "Weights of a pooled batch in window and average, `(C,)`, and where the average is the window"
     windows = [r.window for r in rules]
     first = windows[0]
-    if all(w is first or not torch.is_tensor(w) and not torch.is_tensor(first) and w==first for w in windows): a = _pooled_weight(first, bs, M)
-    else: a = torch.cat([_pooled_weight(w, b, m) for w,b,m in zip(windows, bs.split(1), M.split(1))])
-    length = torch.stack([_number(math.inf if r.eval_window is None else r.eval_window, bs) for r in rules])
+    def same(w): return w is first or not torch.is_tensor(w) and not torch.is_tensor(first) and w==first
+    if all(map(same, windows)): a = _pooled_weight(first, bs, M)
+    else:
+        each = zip(windows, bs.split(1), M.split(1))
+        a = torch.cat([_pooled_weight(w, b, m) for w,b,m in each])
+    lengths = [math.inf if r.eval_window is None else r.eval_window for r in rules]
+    length = torch.stack([_number(n, bs) for n in lengths])
     a,a_e = self.expand(torch.stack((a, (bs/length).clamp(max=1))))
     alike = [r.eval_window is None for r in rules]
     return a,a_e,self.flags(alike, bs) if any(alike) else None
@@ -163,15 +179,17 @@ def fixed_shares(self:_Pack, rules, share, old):
     set_ = [not isinstance(r.momentum, AutoMomentum) for r in rules]
     if not any(set_): return share,None
     momentum = self.expand(torch.stack([_number(r.momentum or 0., share) for r in rules]))
-    cumulative = 1/torch.minimum(old.steps+(1-head_start), self.expand(old.batches.to(share.dtype))+1)
-    momentum = torch.where(self.flags([r.momentum is None for r in rules], share), cumulative, momentum)
+    batches = self.expand(old.batches.to(share.dtype))+1
+    cumulative = 1/torch.minimum(old.steps+(1-head_start), batches)
+    unset = self.flags([r.momentum is None for r in rules], share)
+    momentum = torch.where(unset, cumulative, momentum)
     where = self.flags(set_, share)
     return torch.where(where, momentum, share),where
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
 @patch
 def merge(self:_Pack, old, sums, head, rules):
-    "Pooled `sums` (of `add_moments`) merged into the state `old`: the new one, the pooled mean and variance, and the batch's share, 0 where it stays out"
+    "Merge pooled `sums` (of `add_moments`): new state, mean, variance, and share, 0 if it stays out"
     n,s1,s2 = sums
     M,bs,calls = head
     d = s1/n.clamp(min=1)
@@ -182,27 +200,33 @@ def merge(self:_Pack, old, sums, head, rules):
     steps = old.steps+1
     share,fixed = self.fixed_shares(rules, average_share(steps-head_start, a_e, rho), old)
     avg = merge_moments(old.avg_mean, old.avg_var, m, v, share)
-    if fixed is not None: avg = avg[0],torch.where(fixed, torch.lerp(old.avg_var, v*n/(n-1).clamp(min=1), share), avg[1]) # BatchNorm's: unbiased, and without the spread between batches
-    if alike is not None: avg = torch.where(alike if fixed is None else alike&~fixed, torch.stack((mean,var)), torch.stack(avg))
+    if fixed is not None: # BatchNorm's: unbiased, and without the spread between batches
+        unbiased = torch.lerp(old.avg_var, v*n/(n-1).clamp(min=1), share)
+        avg = avg[0],torch.where(fixed, unbiased, avg[1])
+    if alike is not None:
+        where = alike if fixed is None else alike&~fixed
+        avg = torch.where(where, torch.stack((mean,var)), torch.stack(avg))
     ok = (n>0) & (var<math.inf)
     new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))
     left_out = self.expand(M)>n*ok
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
-    return _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped),m,v,torch.where(ok, rho, 0)
+    new = _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped)
+    return new,m,v,torch.where(ok, rho, 0)
 
 @patch
 def unless_changed(self:_Pack, new):
-    "`new`, but for layers whose statistics others have changed since they were written: what follows from those"
-    changed = torch.stack([(l.running_mean!=l.known_mean).any() | (l.running_var!=l.known_var).any() for l in self.layers])
+    "`new`, but for layers whose statistics others have written meanwhile: what follows from those"
+    changed = torch.stack([is_changed(l.state()) for l in self.layers])
     if changed.is_cpu and not changed.any(): return new
     for l,c in zip(self.layers, changed.unbind()): l.seed_window(c)
     now,where = self.read(),self.expand(changed.to(new.mean.dtype))>0
-    per_channel,per_layer = [torch.where(where, a, b) for a,b in zip(now[:7], new[:7])],[torch.where(changed, a, b) for a,b in zip(now[7:], new[7:])]
+    per_channel = [torch.where(where, a, b) for a,b in zip(now[:7], new[:7])]
+    per_layer = [torch.where(changed, a, b) for a,b in zip(now[7:], new[7:])]
     return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb
 class WindowSync(OwnWindow, Joinable):
-    "Keeps the windows of a model's running norms equal on all ranks of a process group; made by `sync_window`"
+    "Keeps the windows of a model equal on all ranks of a process group; made by `sync_window`"
     def __init__(self,
         model:nn.Module, # With running norms, without DistributedDataParallel around it
         group=None, # Process group; default: all ranks
@@ -212,13 +236,17 @@ class WindowSync(OwnWindow, Joinable):
         for name,m in model.named_modules():
             if isinstance(m, RunningBatchNormMixin): found.setdefault(m, name)
         self.names,self.pack = list(found.values()),_Pack(list(found))
-        self.model,self.group,self.hold,self.handle = model,dist.group.WORLD if group is None else group,False,None
-        self.rank,self.world,self.number = dist.get_rank(self.group),dist.get_world_size(self.group),{l:i for i,l in enumerate(found)}
+        self.model,self.hold,self.handle = model,False,None
+        self.group = dist.group.WORLD if group is None else group
+        self.rank,self.world = dist.get_rank(self.group),dist.get_world_size(self.group)
+        self.number = {l:i for i,l in enumerate(found)}
 
     def __reduce__(self): return own_window.__class__,() # a copy of a model is not in the group
     @property
     def device(self): return self.pack.layers[0].window_mean.device
-    def __repr__(self): return f'{type(self).__name__}({len(self.names)} norms, {self.pack.C} channels, rank {self.rank} of {self.world})'
+    def __repr__(self):
+        size = f'{len(self.names)} norms, {self.pack.C} channels'
+        return f'{type(self).__name__}({size}, rank {self.rank} of {self.world})'
     @property
     def join_device(self): return self.device
     @property
@@ -293,7 +321,7 @@ def _run(self:WindowSync, layer, x, act=None):
         self.detach()
         return layer.normalized(x, act)
     self.settle()
-    return layer.train_forward(x, act)
+    return layer.own_forward(x, act)
 
 @patch
 def __call__(self:WindowSync, layer, x, act=None): return self._run(layer, x, act)
@@ -302,20 +330,25 @@ def __call__(self:WindowSync, layer, x, act=None): return self._run(layer, x, ac
 def check_join(self:WindowSync):
     "Raise if DistributedDataParallel joins uneven inputs, and this is not told"
     ddp = DistributedDataParallel._active_ddp_module
-    if ddp is not None and ddp._join_config.enable and not self._join_config.enable: raise RuntimeError(_no_join)
+    if ddp is not None and ddp._join_config.enable and not self._join_config.enable:
+        raise RuntimeError(_no_join)
 
-_no_join = ("join of uneven inputs: the running norms have a collective of their own, which a rank that has run out has to join, too. "
-    "Put `with Join([net, sync]):` (of torch.distributed.algorithms.join) in the place of `with net.join():`, where sync is what `sync_window` returned.")
+_no_join = ("join of uneven inputs: the running norms have a collective of their own, which a rank that "
+    "has run out has to join, too. Put `with Join([net, sync]):` (of torch.distributed.algorithms.join) "
+    "in the place of `with net.join():`, where sync is what `sync_window` returned.")
 
 # %% ../nbs/09_distributed.ipynb #d15bda20
+_no_layer_join = ("sync='layer' cannot join uneven inputs: a rank that has run out would have to follow "
+    "every layer of the others. Use sync='step', or drop the last batches.")
+
 class LayerSync(WindowSync):
-    "Pools the moments of a layer before it normalises, and its gradients' sums in the backward: two collectives a layer, nothing is late"
+    "Pools a layer's moments before it normalises, and its sums in the backward: nothing is late"
     mode,takes_empty = 'layer',True
     def __init__(self, model, group=None):
         super().__init__(model, group)
         self.packs = {l:_Pack([l]) for l in self.pack.layers}
     def settle(self, drop=False): pass
-    def join_hook(self, **kwargs): raise RuntimeError("sync='layer' cannot join uneven inputs: a rank that has run out would have to follow every layer of the others. Use sync='step', or drop the last batches.")
+    def join_hook(self, **kwargs): raise RuntimeError(_no_layer_join)
 
     def forward(self, layer, how, x, weight, bias, state, step):
         "Normalise with the window, after the batches of all ranks are merged in"
@@ -331,7 +364,8 @@ class LayerSync(WindowSync):
             new,m,v,share = pack.merge(old, sums, head, pack.rules())
             if step.update: pack.write(new)
             seen,floors = new.seen if step.inclusive else old.seen,state.floors
-            floor = floors.index_select(0, seen.clamp(max=len(floors)-1))[0] if step.clamped else None
+            at = seen.clamp(max=len(floors)-1)
+            floor = floors.index_select(0, at)[0] if step.clamped else None
             values = [t.to(state.mean.dtype) for t in (new.mean,new.var,share,m,v)]
             saved = to_save(*values, floor, step)
             return how.normalize(x, weight, bias, saved, step),saved
@@ -373,11 +407,12 @@ class _Shadow(JoinHook):
 
 # %% ../nbs/09_distributed.ipynb #b08814c2
 class StepSync(WindowSync):
-    "Each rank normalises with the shared window and its own batch; one collective after the backward, merged before the next forward"
+    "Each rank normalises with the shared window and its own batch; one collective a step"
     mode = 'step'
     def __init__(self, model, group=None):
         super().__init__(model, group)
-        self.work = self.pending = self.base = self.local = self.sums = self.last_share = self.last_count = None
+        self.work = self.pending = self.base = self.local = self.sums = None
+        self.last_share = self.last_count = None
         self.forwards,self.backwards,self.queued,self.awaits,self.skip = [],[],False,False,False
 
     def join_hook(self, **kwargs): return _Shadow(self)
@@ -401,14 +436,17 @@ def opened(self:StepSync):
         with torch.inference_mode(False),torch.no_grad():
             for l in self.pack.layers: l.refresh_window()
             self.base = f = self.pack.read()
-            f = f._replace(count=f.count/self.world, steps=head_start+(f.steps-head_start)*self.world) # as many values and batches as a rank's own
+            steps = head_start+(f.steps-head_start)*self.world # as many values and batches as its own
+            f = f._replace(count=f.count/self.world, steps=steps)
             dtypes = {l.window_mean.dtype for l in self.pack.layers}
             one = dtypes.pop() if len(dtypes)==1 else torch.float64
-            parts = zip(*[t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:7]], *[t.clone().split(1) for t in f[7:]])
+            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:7]]
+            parts = zip(*wide, *[t.clone().split(1) for t in f[7:]])
             self.local = {}
             for l,(*wide,grad,batches,seen,skipped) in zip(self.pack.layers, parts):
                 *wide,grad = [t.to(l.window_mean.dtype).contiguous() for t in (*wide,grad)]
-                self.local[l] = State(*wide, batches.view(()), seen, skipped.view(()), l.clamp_floor, grad)
+                counters = batches.view(()),seen,skipped.view(())
+                self.local[l] = State(*wide, *counters, l.clamp_floor, grad)
     return self.local
 
 @patch
@@ -419,14 +457,15 @@ def pooled(self:StepSync, M): return self.world*M
 
 @patch
 def forward(self:StepSync, layer, how, x, weight, bias, state, step):
-    "Normalise with the shared window and this rank's batches of the step, and take note of the batch"
+    "Normalise with the shared window and this rank's batches of the step; take note of this one"
     ddp = DistributedDataParallel._active_ddp_module
     self.skip = ddp is not None and not ddp.require_backward_grad_sync
     self.check_join()
     self.queued = self.queued and torch._C._current_graph_task_id()!=-1
     trains = x.requires_grad or weight is not None and weight.requires_grad
     self.awaits = self.awaits or torch.is_grad_enabled() and trains
-    y,saved = how.forward(x, weight, bias, state, step._replace(average=None, momentum=auto_momentum))
+    step = step._replace(average=None, momentum=auto_momentum)
+    y,saved = how.forward(x, weight, bias, state, step)
     if step.update:
         m,v = saved[4:6]
         self.forwards.append((self.number[layer], m, v, x.numel()//x.shape[1], step.samples))
@@ -440,9 +479,9 @@ def backward(self:StepSync, layer, how, dy, x, weight, bias, saved, running, ste
     unpaid = saved[-1,0].clone()
     dx,dweight,dbias = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
     if (torch.is_tensor(step.running_grad) or step.running_grad) and step.update:
-        noted = torch.stack((dbias, dweight*(Saved(*saved).factor>0)))
-        M = x.numel()//x.shape[1]
-        self.backwards.append((self.number[layer], noted if scale is None else noted/scale, M*unpaid))
+        noted,M = torch.stack((dbias, dweight*(Saved(*saved).factor>0))),x.numel()//x.shape[1]
+        if scale is not None: noted = noted/scale
+        self.backwards.append((self.number[layer], noted, M*unpaid))
     return dx,dweight,dbias
 
 @patch
@@ -456,7 +495,8 @@ def after_forward(self:StepSync, output):
     "Send now if no backward can follow"
     if torch._C._current_graph_task_id()!=-1: return
     self.fold()
-    due = [t for t in tree_leaves(output) if torch.is_tensor(t) and t.requires_grad] if torch.is_grad_enabled() else []
+    due = [t for t in tree_leaves(output) if torch.is_tensor(t) and t.requires_grad]
+    if not torch.is_grad_enabled(): due = []
     for t in due: t.register_hook(self.queue)
     if not due and not self.awaits and not self.waits: self.send()
     self.awaits = False
@@ -497,7 +537,7 @@ def settle(self:StepSync, drop=False):
     "Wait for a collective that is on its way and merge what it brings; `drop`: forget what was not sent"
     if self.work is not None:
         work,(base,_,sums,head,rules) = self.work,self.pending
-        self.work = self.pending = self.base = self.local = None # if the wait fails, the window stays what it was
+        self.work = self.pending = self.base = self.local = None # if the wait fails, all stays as it was
         with torch.inference_mode(False):
             work.wait()
             new,_,_,share = self.pack.merge(base, sums[:3], head, rules)
@@ -507,7 +547,7 @@ def settle(self:StepSync, drop=False):
 
 @patch
 def merged_grad(self:StepSync, base, sums, share):
-    "The running gradient with the step's, which has the share that the batch has in the window; a later backward of the same forwards adds to it"
+    "The running gradient with the step's; a later backward of the same forwards adds to it"
     n = sums[3]
     self.last_share = share if self.last_share is None else torch.where(sums[0]>0, share, self.last_share)
     self.last_count = n if self.last_count is None else torch.where(n>0, n, self.last_count)
@@ -521,9 +561,11 @@ def unwrapped(model):
     return model
 
 def in_parallel(model):
-    "Is `model` trained by several processes together: wrapped in DistributedDataParallel or FSDP, with more than one rank?"
+    "Is `model` in DistributedDataParallel or FSDP, with more than one rank?"
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return False
-    def wraps(m): return isinstance(m, DistributedDataParallel) or any(o in c.__name__ for c in type(m).__mro__ for o in ('FSDP','FullySharded'))
+    def wraps(m):
+        names = ' '.join(c.__name__ for c in type(m).__mro__)
+        return isinstance(m, DistributedDataParallel) or 'FSDP' in names or 'FullySharded' in names
     return any(map(wraps, model.modules()))
 
 # %% ../nbs/09_distributed.ipynb #7e1f74bf
@@ -536,15 +578,18 @@ def window_sync(
     keepers = (getattr(m, 'keeper', None) for m in model.modules())
     return next((k for k in keepers if isinstance(k, WindowSync)), None)
 
+_not_initialised = ("sync_window: torch.distributed is not initialised. Call `dist.init_process_group`, "
+    "or start with torchrun and `learn.distrib_ctx()`.")
+
 def sync_window(
     model:nn.Module, # With running norms; wrapped in DistributedDataParallel or not
-    mode:str|None='step', # 'step': one collective a step; 'layer': two a layer, as SyncBatchNorm; `None`: each rank has its own window
+    mode:str|None='step', # 'step': one collective a step; 'layer': two a layer; `None`: no sharing
     process_group=None, # Whose ranks share a window; default: all
 )->WindowSync|None: # What keeps the windows equal; `None` where there is nothing to do
     "Give all ranks one window, from now on; to be called on each of them"
     if mode is not None and mode not in sync_modes: raise ValueError(f"mode={mode!r}: 'step', 'layer' or None was expected.")
     if (old := window_sync(model)) is not None: old.detach()
     if mode is None: return None
-    if not (dist.is_available() and dist.is_initialized()): raise RuntimeError("sync_window: torch.distributed is not initialised. Call `dist.init_process_group`, or start with torchrun and `learn.distrib_ctx()`.")
+    if not (dist.is_available() and dist.is_initialized()): raise RuntimeError(_not_initialised)
     if dist.get_world_size(process_group)<2: return None
     return sync_modes[mode](unwrapped(model), process_group).attach()

@@ -169,7 +169,7 @@ class OwnWindow:
     "Who keeps a layer's window, where it shares it with nobody: the layer itself"
     takes_empty = False # Does an empty batch take part?
     def __reduce__(self): return 'own_window'
-    def __call__(self, layer, x, act=None): return layer.train_forward(x, act)
+    def __call__(self, layer, x, act=None): return layer.own_forward(x, act)
     def settle(self, drop=False): pass
     def detach(self): pass
     def state(self, layer): return layer.state()

@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 from fastcore.basics import listify,patch
 from . import twins
+from .kernels import cpu
 from .moments import AutoMomentum,auto_momentum
 from .layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,RunningSyncBatchNorm,runbn_settings
 
@@ -100,7 +101,14 @@ class SurgeryReport:
         parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible', f'{len(self.left_alone)} left alone']
         if n:=sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
         return ', '.join(parts) + (f"; also {', '.join(f'{n} {t}' for t,n in self.others.items())}" if self.others else '')
-    def _head(self): return [o for o in (self.counts,self.filters) if o]
+    @property
+    def computed(self):
+        "A line where kernels could compute the running norms faster than what there is; else ''"
+        return _no_kernels if self.running and cpu.kernels is None else ''
+    def _head(self): return [o for o in (self.counts,self.filters,self.computed) if o]
+
+_no_kernels = ("on the CPU PyTorch's operators compute them: pip found no C compiler when it installed "
+    "fastai_runbn")
 
 # %% ../nbs/06_surgery.ipynb #2b94d909
 _columns = 'layer','from','to','channels','status','why'

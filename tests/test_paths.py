@@ -7,7 +7,8 @@ from fastai_runbn import layers
 from fastai_runbn.formulas import Formulas
 from fastai_runbn.kernels.cuda import SyncBatchNormParts
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
-from fastai_runbn.surgery import to_runbn
+from fastai_runbn.kernels import cpu
+from fastai_runbn.surgery import surgery_report,to_runbn
 from impls import names,needs_kernels
 from test_no_sync import NoCalls,NoReads
 
@@ -128,3 +129,10 @@ def test_x_and_dy_are_left_alone(cls, space):
     kept = dy.clone()
     layer(xr).backward(dy)
     assert torch.equal(xr.detach(), x) and torch.equal(dy, kept)
+
+def test_without_kernels_formulas_compute_and_the_report_says_so(monkeypatch):
+    net = to_runbn(nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4)))
+    monkeypatch.setattr(cpu, 'kernels', None)
+    net(torch.randn(2,3,8,8)).sum().backward()
+    assert net[1].path=='formulas' and 'no C compiler' in repr(surgery_report(net))
+    assert 'no C compiler' not in repr(surgery_report(nn.Sequential(nn.BatchNorm2d(4))))

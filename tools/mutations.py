@@ -5,13 +5,14 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 kernels = ['tests/test_kernels.py','-k','formulas or 300_steps or parts_are or rounded or large_mean or half_precision or of_any_kind']
+small = ['tests/test_kernels.py','-k','small_variance']
 versions = ['tests/test_kernels.py','-k','version or evaluation_and_its']
 formulas = [*(f'tests/test_{o}.py' for o in ('lockstep','properties','add_up','no_sync','paths','kernels','notebooks')),
     '-k','lockstep and formulas or properties or several or no_host or cuda_stood or every_call or 02_formulas']
 quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]
 few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
 compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints']
-twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or timm']
+twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
 pages = ['tests/test_notebooks.py','-k','04_functional']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
@@ -51,9 +52,10 @@ mutations = [
     ('a debt that was found on the device stays', 'layers', 'for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)', 'pass', adds),
     ('the scale that a scaler tells not minded', 'functional', 'if cls.now is not None or torch.is_tensor(said):', 'if torch.is_tensor(said):', scales),
     ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
-    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version((state.avg_mean,state.avg_var))', 'pass', versions),
+    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version(t)', 'pass', versions),
     ('kernel: statistics in half precision not written', 'kernels/cpu', 'if t is not new: t.copy_(new)', 'pass', kernels),
     ('kernel: a gradient in another layout read as it lies', 'kernels/cpu', '(dy.stride()==x.stride() or layout(dy)==last)', 'True', kernels),
+    ('kernel: a minus that autograd has only noted not minded', 'kernels/cpu', 'not dy.is_neg() and ', '', kernels),
     ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
     ('twins: activated twice', 'twins', 'return y if inside and x.numel() else self.act(self.drop(y))', 'return self.act(self.drop(y))', twins),
     ('twins: not activated in evaluation', 'twins', 'if not layer.training or layer.running_mean is None: return None', 'if layer.running_mean is None: return None', twins),
@@ -122,7 +124,8 @@ in_c = [
     ('C: a chunk ends a row early, channels last', 'kernels/cpu.c', 'end = least(p->M * C, (chunk + 1) * p->rows * D);', 'end = least(p->M * C, (chunk + 1) * p->rows * D - (chunk + 1 < p->chunks) * D);', kernels),
     ('C: bfloat16 cut off, not rounded', 'kernels/cpu.c', 'u = (nan & ((u >> 16) | 64)) | (~nan & ((u + 0x7fff + ((u >> 16) & 1)) >> 16));', 'u = u >> 16;', kernels),
     ("C: the batch's weight taken for its share ρ", 'kernels/cpu.c', 'rho = a * M / n;', 'rho = a;', kernels),
-    ('C: no spread between batches in the merged variance', 'kernels/cpu.c', 'var1 = var[c] + rho * (v - var[c]) + go * (d - go);', 'var1 = var[c] + rho * (v - var[c]);', kernels),
+    ('C: no spread between batches in the merged variance', 'kernels/cpu.c', 'F(between)(var[c], v, rho) + go * (d - go);', 'F(between)(var[c], v, rho);', kernels),
+    ('C: a share near 1 loses small variances', 'kernels/cpu.c', 't < .5f ? a + t * (b - a) : b - (1 - t) * (b - a)', 'a + t * (b - a)', small),
     ('C: moments that are not finite merged', 'kernels/cpu.c', 'int ok = var1 < (T)INFINITY;', 'int ok = 1;', kernels),
     ('C: a channel that is not finite written', 'kernels/cpu.c', 'mean1 = ok ? mean1 : mean[c];', '', kernels),
     ('C: batches that were left out not counted', 'kernels/cpu.c', '*p->skipped += p->left_out;', '', kernels),
