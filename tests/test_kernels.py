@@ -163,7 +163,8 @@ def test_every_call_is_the_formulas(shape, dtype, affine, settings, state, batch
     pair = Pair(C, dtype, affine, alike=alike, **state)
     for i,b in enumerate(batches):
         x = activations((b['N'],C,*space), dtype)
-        if b['bad']: x[-1,torch.randint(C, ()).item()].view(-1)[-1] = float(b['bad'])
+        if b['bad']:
+            for c in torch.randint(C, (2,)): x[-1,c].view(-1)[-1] = float(b['bad'])
         if b['others_write'] and state['known']: pair.others_write()
         pair.step(laid_out(x, b['layout']), Step(b['N'], **settings), b['dy'], b['backwards'],
                   b['need_dx'], b['scale'], f'batch {i}')
@@ -197,7 +198,8 @@ def test_every_instruction_set(instruction_set, dtype, layout):
             pair = Pair(form[1], dtype, floors=[.5]*8)
             for i in range(2):
                 x = activations(form, dtype, layout)
-                if i: x[0,1].view(-1)[0] = float('nan')
+                if i: # one batch, though its channels are worked on apart
+                    for c in (1,-1): x[0,c].view(-1)[0] = float('nan')
                 step = Step(form[0], .3, .02, running_grad=1., eps=1e-3, act=act)
                 pair.step(x, step, layout, 2, scale=2., at=f'{form}, {act}, step {i}')
 
@@ -219,6 +221,22 @@ def test_bfloat16_is_float32_rounded_to_the_nearest(act, layout):
     same(y, y32.bfloat16(), 'y'); same(dx, dx32.bfloat16(), 'dx'); same(saved, saved32, 'saved')
     assert y.isnan().any() and (dx32.bfloat16().float()!=dx32).any()
     for have,want in zip((*sums,*a), (*sums32,*b)): same(have, want, 'sums and state')
+
+@needs_kernels
+@each_layout
+def test_bfloat16_ties_go_to_even_and_nan_stays_nan(instruction_set, layout):
+    "Halfway between two values, which what is computed from random numbers never is"
+    ties,nan = torch.arange(128)/128+1,torch.tensor([2**31-1]).int().view(T32) # rounds to -0, if up
+    x = ties.bfloat16().repeat(3).view(1,3,16,8)[...,:15,:] # 120 values: vectors and a rest
+    if layout=='last': x = ties.bfloat16()[:120].view(1,120,1,1).expand(1,120,3,1).clone()
+    x,C,step = laid_out(x, layout),x.shape[1],Step(1, 1., eps=0.)
+    saved = torch.tensor([0.,1,1,1,0,1,1]).view(7,1).repeat(1,C)
+    half,G = torch.full((C,), 2.**-8),torch.stack((torch.full((C,), -2.**-8),torch.zeros(C)))
+    want = (x.float()+2**-8).bfloat16()
+    assert (want>x).any() and (want==x).any()
+    same(Kernels.normalize(x, None, half, saved, step), want, 'y')
+    same(Kernels.dx(x, x, None, None, saved, G, step), want, 'dx')
+    assert Kernels.normalize(x, None, nan.expand(C), saved, step).isnan().all()
 
 # ------------------------------------------------------------------------------- parts of calls
 @needs_kernels

@@ -70,7 +70,7 @@ mutations = [
     ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
     ('ranks: values counted in every backward', 'distributed', 'M*unpaid))', 'M))', ranks),
     ('ranks: gradients of a later backward lost', 'distributed', 'return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)', 'return torch.where(n>0, left+self.last_share*sums[4:]/self.last_count.clamp(min=1), base.grad)', ranks),
-    ('ranks: a held layer noted', 'distributed', 'step._replace(average=None, momentum=auto_momentum))', 'step._replace(average=None, momentum=auto_momentum)); step = step._replace(update=True)', ranks),
+    ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
     ('ranks: a collective overwrites what others wrote', 'distributed', 'self.pack.write(self.pack.unless_changed(new))', 'self.pack.write(new)', ranks),
     ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.waits: self.send()', 'self.send()', ranks),
     ('ranks: the running gradient not merged', 'distributed', 'new = new._replace(grad=self.merged_grad(base, sums, share))', 'pass', ranks),
@@ -184,10 +184,17 @@ def _row(what, module, old, new, names):
     caught = ', '.join(f'{n}{f" ×{k}" if k>1 else ""}' for n,k in names.most_common(4)) + (f' and {len(names)-4} more tests' if len(names)>4 else '')
     return f'|{what}|{module}|{code(old)}|{code(new)}|{caught or "**nothing**"}|'
 
+report = root/'tests'/'MUTATIONS.md'
+head = ['# Mutations', '', 'The layer broken on purpose, one way at a time, in a scratch copy: which tests noticed. '
+    'Made by `python tools/mutations.py`; × is the number of cases of a test.', '', '|broken|in|from|to|caught by|', '|---|---|---|---|---|']
+def record(what, row):
+    "Put the row of a mutation into the report, in the place that it has here"
+    rows = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if report.exists() else {}
+    rows[what] = row
+    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c if m[0] in rows])+'\n')
+
 def main(*words):
-    report = root/'tests'/'MUTATIONS.md'
-    kept = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if words and report.exists() else {}
-    chosen,rows = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],{}
+    chosen,missed = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],[]
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
@@ -205,14 +212,9 @@ def main(*words):
             failed,_ = failures(d, tests)
             f.write_text(sound)
             if f.suffix=='.c': build(d)
-            rows[what] = _row(what, module, old, new, Counter(n.split('[')[0].replace('tests/','') for n in failed))
+            record(what, _row(what, module, old, new, Counter(n.split('[')[0].replace('tests/','') for n in failed)))
+            if not failed: missed.append(what)
             print(f'{len(failed):4} failed: {what}', flush=True)
-    lines = ['# Mutations', '']
-    lines += ['The layer broken on purpose, one way at a time, in a scratch copy: which tests noticed. Made by `python tools/mutations.py`; × is the number of cases of a test.', '']
-    lines += ['|broken|in|from|to|caught by|', '|---|---|---|---|---|']
-    lines += [rows.get(m[0]) or kept[m[0]] for m in mutations+in_c if m[0] in rows or m[0] in kept]
-    report.write_text('\n'.join(lines)+'\n')
-    missed = [what for what,r in rows.items() if '**nothing**' in r]
     if missed: sys.exit(f'not caught: {missed}')
 
 if __name__=='__main__': main(*sys.argv[1:])
