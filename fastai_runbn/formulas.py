@@ -67,9 +67,9 @@ class Saved(NamedTuple):
 def changed(
     state:State, # Of a layer
 )->Tensor: # A boolean scalar
-    "Has somebody else written the statistics for evaluation since the layer did?"
+    "Has somebody else written the statistics for evaluation since the layer did? NaN is like NaN"
     pairs = (state.avg_mean,state.known_mean),(state.avg_var,state.known_var)
-    return torch.stack([(now!=known).any() for now,known in pairs]).any()
+    return torch.stack([((now!=known) & ((now==now)|(known==known))).any() for now,known in pairs]).any()
 
 full_steps = 2.**24 # As many as float32 counts
 

@@ -463,21 +463,18 @@ def test_tensors_of_a_step_may_change(what):
         value.add_(.125)
 
 @needs_kernels
-@pytest.mark.xfail(strict=True, reason='window functions may return it; read as (C,), past its end')
 def test_weight_of_one_element():
     weight = torch.tensor([.25]+[.75]*63)[:1] # beyond its end is memory that may be read, here
     pair = Pair(8, T32)
     for _ in range(3): pair.step(activations((4,8,5,5), T32), Step(4, weight))
 
 @needs_kernels
-@pytest.mark.xfail(strict=True, reason='formulas seed the window at each batch, for NaN!=NaN')
 def test_statistics_with_nan_are_taken_over_once():
     pair = Pair(4, T64, trained=1)
     for s in (pair.exact,pair.state): s.avg_mean[1] = float('nan')
     for _ in range(3): pair.step(activations((4,4,5,5), T64), Step(4, .3, .1, running_grad=1.))
 
 @needs_kernels
-@pytest.mark.xfail(strict=True, reason='average of a bad channel becomes the window all the same')
 def test_a_bad_batch_where_the_average_is_to_be_the_window():
     "It was another one until now: settings have changed"
     pair,x = Pair(4, T64, trained=1),activations((4,4,5,5), T64)

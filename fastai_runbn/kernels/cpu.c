@@ -301,8 +301,8 @@ static void F(merge)(call *p, i64 c0, i64 c1) {
         rho = ok ? rho : 0;
         mean1 = ok ? mean1 : mean[c];
         var1 = ok ? var1 : var[c];
-        amean1 = own ? (ok2 ? amean1 : amean[c]) : mean1;
-        avar1 = own ? (ok2 ? avar1 : avar[c]) : var1;
+        amean1 = !ok2 ? amean[c] : own ? amean1 : mean1;
+        avar1 = !ok2 ? avar[c] : own ? avar1 : var1;
         mean[c] = update ? mean1 : mean[c];
         var[c] = update ? var1 : var[c];
         count[c] = update && ok ? n : n0;

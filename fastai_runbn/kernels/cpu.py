@@ -85,7 +85,8 @@ def plan(step, N, C, size, last, dtype)->bytes:
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
         | CUMULATIVE*(step.momentum is None)
         | (CLIPPED|RUNNING)*(torch.is_tensor(step.running_grad) or running>0))
-    weight = 0. if isinstance(step.weight, Tensor) and step.weight.ndim else float(step.weight)
+    several = isinstance(step.weight, Tensor) and step.weight.numel()>1
+    weight = 0. if several else float(step.weight)
     average = 0. if step.average is None else float(step.average)
     return pack_plan(_types[dtype], instruction_set, N, C, size//(N*C), last, _acts[step.act],
         step.samples, flags, weight, average, step.momentum or 0., step.eps, step.clip,
@@ -116,7 +117,7 @@ def call(
     C,weights,plan_ = saved.shape[1],None,plan
     if isinstance(step.weight, Tensor):
         plan_ = plan.__wrapped__ # it may change
-        if step.weight.ndim: weights = as_statistics(step.weight, saved.dtype)
+        if step.weight.numel()>1: weights = as_statistics(step.weight, saved.dtype)
     elif isinstance(step.running_grad, Tensor) or isinstance(step.average, Tensor): plan_ = plan.__wrapped__
     res = f(plan_(step, x.shape[0], C, x.numel(), last, x.dtype)+pack_call(
         phases, threads(), floors, scale, parallel, x.data_ptr(),
