@@ -27,42 +27,22 @@ mutations = [
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '', formulas),
     ('unbiased batch variance', 'moments', 'correction=0', 'correction=min(1, x.numel()//x.shape[1]-1)', formulas),
     ('a floor under the variance in evaluation', 'layers', 'F.batch_norm(x, mean, var, self.weight', 'F.batch_norm(x, mean, var.clamp_min(.01), self.weight', quick),
-    ('all of what is owed paid, whatever running_grad is', 'formulas', '(s.unpaid*step.running_grad)', 's.unpaid', formulas),
-    ('the statistics not detached', 'formulas', '@torch.no_grad()\n    def forward', 'def forward', formulas),
     ('a recomputed forward merged again', 'layers', 'again = not compiling and self.recent.is_asked()', 'again = False', few),
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
-    ('moments that are not finite merged', 'formulas', 'ok = var<math.inf', 'ok = (var==var)|True', formulas),
-    ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
-    ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
-    ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
-    ('the clamp counts the batch at hand', 'formulas', 's.seen+step.samples if step.inclusive else', 's.seen+step.samples if True else', formulas),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
     ('evaluation follows the training window', 'layers', 'average = None if eval_window is None else at_most_1(bs/eval_window)', 'average = None', quick),
-    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
-    ('the floor looked up on the host', 'formulas', 's.floors.index_select(0, seen.clamp(max=len(s.floors)-1))[0]', 's.floors[min(int(seen), len(s.floors)-1)]', formulas),
-    ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
-    ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
-    ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
-    ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
-    ('a biased variance in the average of a momentum that was set', 'formulas', 'M/max(1, M-1)', '1', formulas),
     ('a second derivative without a word', 'functional', 'grads = _Once.apply(x, dy, weight, *grads)', 'pass', few),
     ('tracers see no operator', 'functional', "is_traced() and backend=='auto'", 'False', quick),
-    ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
-    ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
     ('a debt that was found on the device stays', 'layers', 'for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)', 'pass', adds),
     ('the scale that a scaler tells not minded', 'functional', 'if cls.now is not None or torch.is_tensor(said):', 'if torch.is_tensor(said):', scales),
-    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
-    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version(t)', 'pass', versions),
     ('kernel: statistics in half precision not written', 'kernels/cpu', 'if t is not new: t.copy_(new)', 'pass', kernels),
     ('kernel: a gradient in another layout read as it lies', 'kernels/cpu', '(dy.stride()==x.stride() or layout(dy)==last)', 'True', kernels),
     ('kernel: a minus that autograd has only noted not minded', 'kernels/cpu', 'not dy.is_neg() and ', '', kernels),
-    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
     ('twins: activated twice', 'twins', 'return y if inside and x.numel() else self.act(self.drop(y))', 'return self.act(self.drop(y))', twins),
     ('twins: not activated in evaluation', 'twins', 'if not layer.training or layer.running_mean is None: return None', 'if layer.running_mean is None: return None', twins),
     ('twins: hooks on the activation see nothing', 'twins', 'if is_hooked(layer.drop) or is_hooked(layer.act): return None', 'pass', twins),
     ('twins: nothing is dropped', 'twins', 'type(layer.drop) is not nn.Identity', 'False', twins),
     ("twins: timm's momentum taken for one that was set", 'twins', 'momentum=auto_momentum, *args', 'momentum=.1, *args', twins),
-    ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('ranks: merged into what the buffers hold by then', 'distributed', 'self.pack.merge(base, sums[:3], head, rules)', 'self.pack.merge(self.pack.read(), sums[:3], head, rules)', ranks),
     ('ranks: all batches weigh the same', 'distributed', 'd,n = m-mean,self.expand(M)', 'd,n = m-mean,self.expand((M>0).to(M.dtype)*M.max())', ranks),
     ('ranks: channels that are not finite sent', 'distributed', 'torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)', 'torch.stack((n, n*d, n*q))', ranks),
@@ -70,11 +50,9 @@ mutations = [
     ("ranks: the shared window's count for a rank's own", 'distributed', 'count=f.count/self.world', 'count=f.count', ranks),
     ('ranks: values counted in every backward', 'distributed', 'M*unpaid))', 'M))', ranks),
     ('ranks: gradients of a later backward lost', 'distributed', 'return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)', 'return torch.where(n>0, left+self.last_share*sums[4:]/self.last_count.clamp(min=1), base.grad)', ranks),
-    ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
     ('ranks: a collective overwrites what others wrote', 'distributed', 'self.pack.write(self.pack.unless_changed(new))', 'self.pack.write(new)', ranks),
     ('ranks: sent with each batch that is accumulated', 'distributed', 'if not self.waits: self.send()', 'self.send()', ranks),
     ('ranks: the running gradient not merged', 'distributed', 'new = new._replace(grad=self.merged_grad(base, sums, share))', 'pass', ranks),
-    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(total[0]>0, total[0], math.nan)', 'n = total[0]*0+M', ranks),
     ('filters: gradients not centred', 'callback', 'w.grad.sub_(_mean(w.grad, nonzero))', 'pass', learners),
     ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w, nonzero)-mean)', 'pass', learners),
     ('filters: at zero in trained nets too', 'callback', '0. if zero or untrained or', '0. if True or', learners),
@@ -91,26 +69,14 @@ mutations = [
     ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])", "s['square']", looks),
     ("the table's ρ is the weight of the batch", 'interpret', 'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
     ('floor hits counted with the batch at hand', 'interpret', 'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
-    ('contract: what is owed is paid in every backward', 'formulas', 'saved.data[-1] = 0.', 'pass', formulas),
-    ('contract: a later backward adds nothing to the running gradient', 'formulas', 'new = left+(own if scale is None else own/scale)', 'new = left+s.unpaid*(own if scale is None else own/scale)', formulas),
-    ('contract: a held layer updates its running gradient', 'formulas', 'if step.update:\n        new', 'if True:\n        new', formulas),
-    ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True', contract),
     ('contract: track_running_stats not minded', 'layers', 'return not self.track_running_stats or self', 'return self', contract),
-    ('contract: what others write is not seen', 'formulas', 'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
-    ('contract: the layer takes what it wrote for written by others', 'formulas', 's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
-    ("contract: a momentum that was set is not BatchNorm's", 'formulas', 'share = torch.full_like(share, momentum)', 'pass', formulas),
-    ("contract: the spread between batches in BatchNorm's average", 'formulas', 'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
     ('contract: converters put their norms in place', 'layers', 'if new.running_mean is old.running_mean:', 'if False:', contract),
     ('contract: thawed norms stay plain', 'layers', 'if cls and isinstance(new, _BatchNorm)', 'if False and isinstance(new, _BatchNorm)', contract),
-    ('contract: torch.fx looks into the layer', 'layers', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('contract: rows taken for samples', 'layers', 'if self.batch_size is not None: return min(rows, self.batch_size)', 'if self.batch_size is not None: return rows', contract),
     ('contract: many rows taken for samples', 'layers', 'if x.ndim!=2 or rows<=_many_rows: return rows', 'return rows', contract),
-    ('contract: a window on meta stays uninitialised', 'layers', "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False', contract),
     ('contract: zeros of pruned filters move', 'callback', 'nonzero = None if w.all() else w!=0', 'nonzero = None', contract),
     ('contract: shared filters move', 'callback', "if shared[id(w)]>1: return 'shared'", 'pass', contract),
     ('contract: filters move that the optimizer does not have', 'callback', "if trained is not None and id(w) not in trained: return 'not in the optimizer'", 'pass', contract),
-    ('contract: the running gradient in the unit of the scaled loss', 'formulas', 'own if scale is None else own/scale', 'own', formulas),
-    ('contract: what is owed is not scaled', 'formulas', 'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas),
     ('contract: a scale left behind by an error', 'layers', 'LossScale.end() # where a backward ended in an error', 'pass', scales)]
 
 # the same in C, for which the kernel is compiled anew
@@ -152,6 +118,43 @@ in_c = [
     ("C: SiLU's slope without its sigmoid's", 'kernels/cpu.c', 'V s = F(sigmoid)(z);\n    return dy * s * (1 + z * (1 - s));', 'V s = F(sigmoid)(z);\n    return dy * s;', kernels)]
 
 flags = '-std=gnu11 -O1 -fno-math-errno -fno-trapping-math -fopenmp-simd -fPIC -shared -w -Wno-psabi'.split() # quick to compile
+to_run = [ # rewritten for the new core, and not yet run again
+    ('all of what is owed paid, whatever running_grad is', 'formulas', '(s.unpaid*step.running_grad)', 's.unpaid', formulas),
+    ('the statistics not detached', 'formulas', '@torch.no_grad()\n    def forward', 'def forward', formulas),
+    ('moments that are not finite merged', 'formulas', 'ok = var<math.inf', 'ok = (var==var)|True', formulas),
+    ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
+    ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
+    ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
+    ('the clamp counts the batch at hand', 'formulas', 's.seen+step.samples if step.inclusive else', 's.seen+step.samples if True else', formulas),
+    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
+    ('the floor looked up on the host', 'formulas', 's.floors.index_select(0, seen.clamp(max=len(s.floors)-1))[0]', 's.floors[min(int(seen), len(s.floors)-1)]', formulas),
+    ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
+    ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
+    ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
+    ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
+    ('a biased variance in the average of a momentum that was set', 'formulas', 'M/max(1, M-1)', '1', formulas),
+    ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
+    ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
+    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
+    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version(t)', 'pass', versions),
+    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
+    ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
+    ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
+    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(total[0]>0, total[0], math.nan)', 'n = total[0]*0+M', ranks),
+    ('contract: what is owed is paid in every backward', 'formulas', 'saved.data[-1] = 0.', 'pass', formulas),
+    ('contract: a later backward adds nothing to the running gradient', 'formulas', 'new = left+(own if scale is None else own/scale)', 'new = left+s.unpaid*(own if scale is None else own/scale)', formulas),
+    ('contract: a held layer updates its running gradient', 'formulas', 'if step.update:\n        new', 'if True:\n        new', formulas),
+    ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True', contract),
+    ('contract: what others write is not seen', 'formulas', 'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
+    ('contract: the layer takes what it wrote for written by others', 'formulas', 's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
+    ("contract: a momentum that was set is not BatchNorm's", 'formulas', 'share = torch.full_like(share, momentum)', 'pass', formulas),
+    ("contract: the spread between batches in BatchNorm's average", 'formulas', 'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
+    ('contract: torch.fx looks into the layer', 'layers', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
+    ('contract: a window on meta stays uninitialised', 'layers', "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False', contract),
+    ('contract: the running gradient in the unit of the scaled loss', 'formulas', 'own if scale is None else own/scale', 'own', formulas),
+    ('contract: what is owed is not scaled', 'formulas', 'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas),
+]
+
 def build(folder):
     "Compile the kernel there, where pip would put it"
     d = folder/'fastai_runbn'/'kernels'
@@ -191,10 +194,10 @@ def record(what, row):
     "Put the row of a mutation into the report, in the place that it has here"
     rows = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if report.exists() else {}
     rows[what] = row
-    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c if m[0] in rows])+'\n')
+    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c+to_run if m[0] in rows])+'\n')
 
 def main(*words):
-    chosen,missed = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],[]
+    chosen,missed = [m for m in mutations+in_c+to_run if not words or any(w in m[0] for w in words)],[]
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
