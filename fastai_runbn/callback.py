@@ -214,7 +214,7 @@ def after_fit(self:RunBNCallback):
     if self._sync: self._sync.settle()
     set_batch_size(self.learn.model, None)
     for m in running_norms(self.learn.model): m.loss_scale,m.scaler_tells = None,False # nobody has said anything any more
-    self._bs = None
+    self._bs = self._sync = None
 
 # %% ../nbs/10_callback.ipynb #876bd008
 @patch

@@ -356,10 +356,10 @@ class LayerSync(WindowSync):
         layer.refresh_window()
         pack,M = self.packs[layer],x.numel()//x.shape[1]
         with torch.no_grad():
-            m,v = how.moments(x)
+            own = how.moments(x)
             old = pack.read()
-            flat,sums,head = pack.wire(m.device, 3)
-            pack.add_moments(sums, head, [(0, m, v, M, step.samples)], old.mean)
+            flat,sums,head = pack.wire(x.device, 3)
+            pack.add_moments(sums, head, [(0, *own, M, step.samples)], old.mean)
             dist.all_reduce(flat, group=self.group)
             new,m,v,share = pack.merge(old, sums, head, pack.rules())
             if step.update: pack.write(new)
@@ -368,6 +368,7 @@ class LayerSync(WindowSync):
             floor = floors.index_select(0, at)[0] if step.clamped else None
             values = [t.to(state.mean.dtype) for t in (new.mean,new.var,share,m,v)]
             saved = to_save(*values, floor, step)
+            saved[4],saved[5] = own # by which the layer knows a batch that is computed again
             return how.normalize(x, weight, bias, saved, step),saved
 
     def backward(self, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
