@@ -45,7 +45,7 @@ def choose(
     backend:str='auto', # 'formulas' for PyTorch's operators in any case
 ):
     "How to compute a running norm of `x` here and now"
-    if torch.compiler.is_compiling() or is_traced() and backend=='auto': return Operators
+    if is_traced() and (backend=='auto' or torch.compiler.is_compiling()): return Operators
     return implementation(x, state, backend)
 
 # %% ../nbs/04_functional.ipynb #2b35c37f
@@ -150,7 +150,6 @@ class LossScale:
         running:Tensor, # Running gradient
     )->Tensor|None: # `None`: the loss is not scaled
         "What the loss is scaled with, as its GradScaler told or as was said; or a warning in float16"
-        if torch.compiler.is_compiling(): return said if torch.is_tensor(said) else None
         if cls.now is not None or torch.is_tensor(said):
             scale = said if cls.now is None else cls.now
             return scale if scale.device==running.device else scale.to(running.device)
@@ -189,14 +188,14 @@ class Call(NamedTuple):
     layer:object=None # Whose window
     loss_scale:Tensor|bool|None=False # As was said
     paid:object=None # What to do after a backward, if anything
-    state:State=None # Of the window, where autograd's function is to run the forward
+    state:State=None # Of the window, within torch.compile: there the function runs the forward
 
 class RunningNorm(Function):
     "A normalised batch, with the gradient of a running norm"
     @staticmethod
     def forward(ctx, x, weight, bias, y, saved, call):
         ctx.call,ctx.bias_dtype = call,None if bias is None else bias.dtype
-        if torch.compiler.is_compiling():
+        if call.state is not None:
             y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
             ctx.save_for_backward(x, weight, None if call.step.act is None else bias, saved)
         else: # `saved` stays what it is, whatever hooks do to saved tensors: it says what is owed
@@ -206,33 +205,34 @@ class RunningNorm(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        x,weight,bias,*rest = ctx.saved_tensors # once: checkpointing does the forward again for it
-        saved = rest[0] if rest else ctx.saved
-        if not torch.is_grad_enabled(): grads = _gradients(ctx, dy, x, weight, bias, saved)
-        else:
-            with torch.no_grad(): grads = _gradients(ctx, dy, x, weight, bias, saved)
-            if not torch.compiler.is_compiling(): grads = _Once.apply(x, dy, weight, *grads)
-        return *grads,None,None,None
+        tensors = ctx.saved_tensors # once: checkpointing does the forward again for it
+        if not torch.is_grad_enabled(): return _gradients(ctx, dy, *tensors)
+        with torch.no_grad(): grads = _gradients(ctx, dy, *tensors)
+        if ctx.call.state is None: grads = *_Once.apply(*tensors[:2], dy, *grads[:3]),*grads[3:]
+        return grads
 
-def _gradients(ctx, dy, x, weight, bias, saved):
-    "Of `x`, weight and bias"
-    how,step,running,keeper,layer,said,paid,_ = ctx.call
-    need_x,need_w,need_b = ctx.needs_input_grad[:3]
-    pays = torch.is_tensor(step.running_grad) or step.running_grad
-    scale = LossScale.of(said, x, running) if pays else None
-    args = dy,x,weight,bias,saved,running,step,scale,need_x
-    dx,dweight,dbias = keeper.backward(layer, how, *args)
+def _gradients(ctx, dy, x, weight, bias, saved=None):
+    "Of `x`, weight and bias, and three times `None`"
+    how,step,running,keeper,layer,said,paid,state = ctx.call
+    need_x,need_w,need_b,*_ = ctx.needs_input_grad
+    if not (isinstance(step.running_grad, Tensor) or step.running_grad): scale = None
+    elif state is None: scale = LossScale.of(said, x, running)
+    else: scale = said if isinstance(said, Tensor) else None
+    if state is None: saved = ctx.saved
+    dx,dweight,dbias = keeper.backward(
+        layer, how, dy, x, weight, bias, saved, running, step, scale, need_x)
     if paid is not None: paid()
-    return (dx, _as(dweight, weight.dtype) if need_w else None,
-        _as(dbias, ctx.bias_dtype) if need_b else None)
-
-def _as(t, dtype): return t if t.dtype is dtype else t.to(dtype)
+    if not need_w: dweight = None
+    elif dweight.dtype is not weight.dtype: dweight = dweight.to(weight.dtype)
+    if not need_b: dbias = None
+    elif dbias.dtype is not ctx.bias_dtype: dbias = dbias.to(ctx.bias_dtype)
+    return dx,dweight,dbias,None,None,None
 
 # %% ../nbs/04_functional.ipynb #d990b64b
 class _Once(Function):
     "Hands on the gradients (the last three), and raises where they are differentiated"
     @staticmethod
-    def forward(ctx, x, dy, weight, *grads):
+    def forward(ctx, x, weight, dy, *grads):
         return tuple(None if o is None else o.view_as(o) for o in grads)
     @staticmethod
     def backward(ctx, *_): raise RuntimeError(_not_twice)
@@ -253,8 +253,8 @@ def running_norm(
     saved:Tensor=None, # Of an earlier forward of the same batch: only normalise
 )->tuple: # $y$, as `x`, and a `Saved` as one tensor
     "Merge a batch into a window and normalise it with that; the gradient is that of a running norm"
-    if torch.compiler.is_compiling(): # so that what follows may change the result in place
-        return RunningNorm.apply(x, weight, bias, [None], None, call._replace(state=state)),None
+    if call.state is not None: # so that what follows may change the result in place
+        return RunningNorm.apply(x, weight, bias, [None], None, call),None
     how,step = call.how,call.step
     if saved is None: y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state, step)
     else:
@@ -285,4 +285,5 @@ def running_batch_norm(
     grad = window_mean.new_zeros((2,C)) if window_grad is None else window_grad
     state = State(*window, *[torch.empty_like(t) for t in window], *counters, floors, grad)
     step = Step(len(x), a, running_grad=running_grad, eps=eps, clamped=floor is not None)
-    return running_norm(x, weight, bias, state, Call(choose(x, state), step, grad))[0]
+    call = Call(choose(x, state), step, grad, state=state if torch.compiler.is_compiling() else None)
+    return running_norm(x, weight, bias, state, call)[0]

@@ -11,14 +11,14 @@ __all__ = ['default_window', 'LESSON10', 'window_buffers', 'state_buffers', 'run
 import math,sys,warnings
 from collections import deque
 from functools import lru_cache,partial
-from operator import is_
+from operator import is_,itemgetter
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from .moments import SampleWindow,at_most_1,auto_momentum,lesson10_weight,trust,window_weight
-from .formulas import KeptState,State,Step,changed,seed
+from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
 # %% ../nbs/05_layers.ipynb #a6ce514a
@@ -129,12 +129,11 @@ class WindowBuffers:
         for name in window_buffers:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ('recent','clamp_floor','_state'): vars(self).pop(name, None)
+        for name in ('recent','clamp_floor','_state','_chosen'): vars(self).pop(name, None)
 
     def state(self)->State:
         "The buffers, and the floors of `clamp`; the same `State` as long as they are the same"
-        s,buffers = vars(self).get('_state'),self._buffers
-        now = [buffers[o] for o in state_buffers]
+        s,now = vars(self).get('_state'),list(map(self._buffers.__getitem__, state_buffers))
         now.insert(9, self.clamp_floor)
         if s is not None and all(map(is_, s, now)): return s
         if not self.window_fits():
@@ -213,7 +212,7 @@ class WindowBuffers:
 
     def __getstate__(self):
         self.keeper.settle()
-        own = 'loss_scale','scaler_tells','_state','_step' # of this process
+        own = 'loss_scale','scaler_tells','_state','_chosen' # of this process
         return {k:v for k,v in vars(self).items() if k not in own}
 
 # %% ../nbs/05_layers.ipynb #12bef157
@@ -239,6 +238,8 @@ def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, e
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
         inclusive, update, act)
 _constants = int,float,SampleWindow # settings that are no tensors, which a schedule changes
+_settings_of = itemgetter('window', 'running_grad', 'momentum', 'eval_window', 'eps', 'clamp',
+    'clamp_inclusive', 'track_running_stats', 'backend')
 
 class RunningBatchNormMixin(WindowBuffers):
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
@@ -274,7 +275,7 @@ class RunningBatchNormMixin(WindowBuffers):
         "Remove the settings and buffers that `make_running` added, but for `momentum`"
         self.drop_window()
         own = ('path','last_batch','batch_size','loss_scale','scaler_tells','unscheduled',
-            '_told_of_rows','_step')
+            '_told_of_rows')
         for name in (*own,*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
 
     @torch.no_grad()
@@ -329,38 +330,46 @@ class RunningBatchNormMixin(WindowBuffers):
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError(_no_functorch.format(type(self).__name__))
         state,params = self.keeper.state(self),self._parameters
-        how,step,saved,paid = choose(x, state, self.backend),self.step(x, act),None,None
+        how,step = self.chosen(x, act, state)
+        call,saved = Call(how, step, state.grad, self.keeper, self, self._said_scale(x)),None
+        if compiling: call = call._replace(layer=None, state=state)
         again = not compiling and self.recent.is_asked()
         if again:
             with torch.no_grad(): saved,paid = self.recent.recall(*how.moments(x))
-        layer,scale = None if compiling else self,self._said_scale(x)
-        call = Call(how, step, state.grad, self.keeper, layer, scale, paid)
+            call = call._replace(paid=paid)
         y,saved = running_norm(x, params['weight'], params['bias'], state, call, saved)
         if not compiling and not again:
             self.recent.add(saved)
-            last_batch = x.shape[0],step.samples,x.numel()//x.shape[1]
-            vars(self).update(path=how.name, last_batch=last_batch)
+            if self.path is not how.name: self.path = how.name
         return y
+
+    def chosen(self, x, act, state):
+        "Implementation and `Step` for `x`: those of the last call, while all is as it was"
+        if torch.compiler.is_compiling(): return choose(x, state, self.backend),self.step(x, act)
+        settings = _settings_of(vars(self))
+        kept = type(settings[0]) in _constants and type(settings[1]) in _constants
+        kept = kept and not is_traced()
+        if kept:
+            key = (type(x), x.shape, x.dtype, x.device, self.batch_size, self.keeper, act,
+                type(settings[2]), *settings)
+            last = vars(self).get('_chosen')
+            if last is not None and last[0] is state and last[1]==key: return last[2]
+        how,step = choose(x, state, self.backend),self.step(x, act)
+        self.last_batch = x.shape[0],step.samples,x.numel()//x.shape[1]
+        if not kept: return how,step
+        step = KeptStep(*step)
+        self._chosen = state,key,(how,step)
+        return how,step
 
     def step(self, x, act=None)->Step:
         "The numbers of a call with `x`"
-        window,paid,momentum = self.window,self.running_grad,self.momentum
-        constant = type(window) in _constants and type(paid) in _constants
-        if constant and not torch.compiler.is_compiling():
-            key = (x.shape, window, paid, momentum, type(momentum), self.eval_window, self.eps,
-                self.clamp, self.clamp_inclusive, self.track_running_stats, self.batch_size,
-                self.keeper, act)
-            last = vars(self).get('_step')
-            if last is not None and last[0]==key: return last[1]
-        bs,M = self._samples(x),x.numel()//x.shape[1]
+        window,bs,M = self.window,self._samples(x),x.numel()//x.shape[1]
         sizes = bs,M,self.keeper.pooled(M)
         if torch.compiler.is_compiling(): # numbers would be compiled in
             if not callable(window) or type(window) is SampleWindow or window is lesson10_weight:
                 sizes = [self.window_mean.new_full((), n) for n in sizes]
-        step = _step(bs, *sizes, window, paid, momentum, self.eval_window, self.eps,
-            bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)
-        if constant and not torch.compiler.is_compiling(): self._step = key,step
-        return step
+        return _step(bs, *sizes, window, self.running_grad, self.momentum, self.eval_window,
+            self.eps, bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)
 
     def is_held(self)->bool:
         "Do training forwards leave all state as it is? By `momentum=0`, or without tracking"

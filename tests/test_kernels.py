@@ -183,9 +183,7 @@ def test_300_steps(dtype, layout, form):
 def instruction_set(request, monkeypatch):
     if request.param>cpu.instruction_set: pytest.skip('this processor does not have it')
     monkeypatch.setattr(cpu, 'instruction_set', request.param)
-    cpu.plan.cache_clear()
-    yield request.param
-    cpu.plan.cache_clear()
+    return request.param
 
 forms = [(3,5,7,7),(2,130,5,4),(4,6),(1,300,2,2),(2,64,16,16),(2,3,100,90),(2,33,31),(5,7,9,8,2)]
 

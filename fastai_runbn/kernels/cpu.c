@@ -30,15 +30,15 @@ typedef struct {
     parallel par;
     const void *x, *dy, *gamma, *beta;                       // (N,C,S) or (N,S,C); gamma, beta: or NULL
     void *y;                                                 // the result, or dx
+    void *saved;                                             // (7,C), see below
+    void *dbeta, *dgamma;                                    // sums of dz and of dz times x-hat, (C,)
+    void *G;                                                 // how the statistics react, (2,C), or NULL
+    const void *weights;                                     // of each channel, (C,), or NULL: weight
     void *mean, *var, *count, *avg_mean, *avg_var, *steps;   // state, (C,) each
     i64 *batches, *seen, *skipped;
     const void *floors;                                      // (n_floors,)
     void *grad;                                              // running gradient (2,C)
     void *known_mean, *known_var;                            // or NULL: not kept
-    const void *weights;                                     // of each channel, (C,), or NULL: weight
-    void *saved;                                             // (7,C), see below
-    void *dbeta, *dgamma;                                    // sums of dz and of dz times x-hat, (C,)
-    void *G;                                                 // how the statistics react, (2,C), or NULL
     // made here
     i64 M, block, D, width, rows, chunks, together, past, left_out;
     double floor;
@@ -63,18 +63,27 @@ INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 INLINE i64 most(i64 a, i64 b) { return a > b ? a : b; }
 INLINE i64 parts(i64 n, i64 each) { return (n + each - 1) / each; }
 
-typedef struct { void (*body)(call *, i64); call *p; i64 n, next; } job;
+// Each thread begins with a part of its own, so that what it has read before is in its cache; then
+// it helps the others. `next` is how far each part is.
+enum { MOST_THREADS = 64 };
+typedef struct { void (*body)(call *, i64); call *p; i64 n, threads, came, next[MOST_THREADS]; } job;
+INLINE i64 take(i64 *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 static void work(void *job_) {
     job *j = job_;
-    for (i64 i; (i = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->n;) j->body(j->p, i);
+    i64 own = take(&j->came);
+    for (i64 k = own; k < own + j->threads; k++) {
+        i64 part = k % j->threads, end = j->n * (part + 1) / j->threads;
+        for (i64 i; (i = take(j->next + part)) < end;) j->body(j->p, i);
+    }
 #if defined __x86_64__
     _mm_sfence(); // what went past the caches is there
 #endif
 }
 static void run(call *p, void (*body)(call *, i64), i64 n) {
-    job j = {body, p, n, 0};
-    i64 threads = least(p->threads, n);
-    if (p->par && threads > 1) p->par(work, &j, threads, 0); else work(&j);
+    i64 threads = p->par ? most(1, least(least(p->threads, MOST_THREADS), n)) : 1;
+    job j = {body, p, n, threads};
+    for (i64 part = 1; part < threads; part++) j.next[part] = n * part / threads;
+    if (threads > 1) p->par(work, &j, threads, 0); else work(&j);
 }
 
 #if defined __x86_64__ && !defined __clang__
@@ -120,6 +129,7 @@ static int (*const backwards[ISAS][3])(call *) = {EACH(backward)};
 static int dispatch(int (*const by[ISAS][3])(call *), const void *packed) {
     call c;
     memcpy(&c, packed, offsetof(call, M));
+    if (!c.x) return NO_MEMORY;
     c.memory = NULL;
     int res = by[least(c.isa, ISAS - 1)][c.type](&c);
     free(c.memory);
@@ -174,7 +184,12 @@ typedef T F(VU) __attribute__((vector_size(BYTES), aligned(1), may_alias));
 
 INLINE V F(all)(T v) { return v - (V){}; }
 INLINE V F(pick)(VI where, V a, V b) { return (V)((where & (VI)a) | (~where & (VI)b)); }
-INLINE double F(total)(VD v) { double s = 0; for (int i = 0; i < L; i++) s += v[i]; return s; }
+INLINE double F(total)(VD v) {
+    double a = 0, b = 0;
+    #pragma GCC unroll 8
+    for (int i = 0; i < L; i += 2) { a += v[i]; b += v[i + 1]; }
+    return a + b;
+}
 INLINE VD F(wide)(V v) { return __builtin_convertvector(v, VD); }
 #ifdef DOUBLE
 INLINE T F(root)(T v) { return sqrt(v); }
@@ -250,11 +265,12 @@ INLINE T F(slope1)(T dy, T z, int act) {
 }
 
 // ------------------------------------------------------------------- numbers of a channel
-typedef struct { T mean, scale, shift, slope; } F(affine); // z = (x-mean)*scale + shift
+typedef struct { T mean, scale, shift, rstd; } F(affine); // z = (x-mean)*scale + shift
 INLINE F(affine) F(affine_of)(call *p, i64 c) {
     const T *saved = p->saved, *gamma = p->gamma, *beta = p->beta;
     T rstd = 1 / F(root)(saved[VAR * p->C + c] + (T)p->eps);
-    return (F(affine)){saved[MEAN * p->C + c], gamma ? rstd * gamma[c] : rstd, beta ? beta[c] : 0};
+    T scale = gamma ? rstd * gamma[c] : rstd;
+    return (F(affine)){saved[MEAN * p->C + c], scale, beta ? beta[c] : 0, rstd};
 }
 
 // From a to b by the share t: from the nearer end, as torch.lerp does it, so that a small one stays
@@ -417,10 +433,11 @@ INLINE void F(nc_sum)(const X *x, const X *dy, i64 N, i64 apart, i64 S, F(affine
     *square = a.square1 + F(total)(a.square);
 }
 static void F(nc_moments)(call *p, const X *x, i64 c) {
-    i64 C = p->C, S = p->S, near = least(S, 64);
-    double first = 0, sum, square;
-    for (i64 i = 0; i < near; i++) first += F(get)(x + i);
-    T about = first / near, *s = p->saved;
+    i64 C = p->C, S = p->S, near = least(S, 16), apart = S / near;
+    double sum, square;
+    T about = 0, *s = p->saved;
+    for (i64 i = 0; i < near; i++) about += F(get)(x + i * apart);
+    about /= near;
     if (!(about - about == 0)) about = 0;
     F(nc_sum)(x, 0, p->N, C * S, S, (F(affine)){about}, LINEAR, &sum, &square);
     sum /= p->M;
@@ -453,8 +470,8 @@ INLINE void F(nc_dx)(call *p, i64 c, F(affine) k, int act) {
     const int past = p->past;
     const X *restrict x = (const X *)p->x + c * S, *dy = (const X *)p->dy + c * S;
     X *restrict dx = (X *)p->y + c * S;
-    const T *G = p->G, *saved = p->saved;
-    T down = k.scale * G[c], by = k.scale * G[C + c] / F(root)(saved[VAR * C + c] + (T)p->eps);
+    const T *G = p->G;
+    T down = k.scale * G[c], by = k.scale * G[C + c] * k.rstd;
     V mean = F(all)(k.mean), scale = F(all)(k.scale), shift = F(all)(k.shift);
     for (i64 n = 0; n < p->N; n++, x += apart, dy += apart, dx += apart) {
         i64 i = 0;
@@ -487,7 +504,6 @@ INLINE void F(nc_forward_)(call *p, i64 i, int act) {
 INLINE void F(nc_backward_)(call *p, i64 i, int act) {
     i64 C = p->C, c0 = i * p->block, c1 = least(C, c0 + p->block);
     T *db = p->dbeta, *dw = p->dgamma;
-    const T *saved = p->saved;
     const X *x = p->x, *dy = p->dy;
     if (p->phases & SUMS) for (i64 c = c0; c < c1; c++) {
         double sum, square;
@@ -495,7 +511,7 @@ INLINE void F(nc_backward_)(call *p, i64 i, int act) {
         i64 at = c * p->S;
         F(nc_sum)(x + at, dy + at, p->N, C * p->S, p->S, k, act, &sum, &square);
         db[c] = sum;
-        dw[c] = square / sqrt(saved[VAR * C + c] + p->eps);
+        dw[c] = square * k.rstd;
     }
     if (p->phases & REACT) F(react)(p, c0, c1);
     if (p->phases & DX) for (i64 c = c0; c < c1; c++) F(nc_dx)(p, c, F(affine_of)(p, c), act);
@@ -546,10 +562,12 @@ INLINE void F(cl_sum)(call *p, i64 chunk, int back, int act) {
             if (rows == ROWS) F(cl_rows)(x, dy, D, n, mean, W, s, q, ROWS, back, act);
             else F(cl_rows)(x, dy, D, n, mean, W, s, q, rows = 1, back, act);
         }
-        for (i64 j = 0; j < D; j += C) for (i64 c = 0; c < C; c++) {
-            sum[c] += s[j + c];
-            square[c] += q[j + c];
-        }
+        for (i64 j = 0; j < D; j += C)
+            #pragma omp simd
+            for (i64 c = 0; c < C; c++) {
+                sum[c] += s[j + c];
+                square[c] += q[j + c];
+            }
     }
 }
 INLINE void F(cl_affine)(call *p, i64 chunk, int act) {
@@ -594,23 +612,24 @@ static void F(cl_repeat)(call *p, int rows) {
     for (int row = 0; row < rows; row++, k += p->width)
         for (i64 c = p->C; c < p->D; c++) k[c] = k[c - p->C];
 }
-static void F(cl_coef)(call *p, int dx) { // mean, scale, shift; for dx by and down too
+static void F(cl_coef)(call *p, int dx) { // mean, scale, shift, rstd; for dx by, down in its place
     const i64 C = p->C, W = p->width;
-    const T *G = p->G, *saved = p->saved;
+    const T *G = p->G;
     T *k = p->coef;
+    #pragma omp simd
     for (i64 c = 0; c < C; c++) {
         F(affine) a = F(affine_of)(p, c);
         k[c] = a.mean;
         k[W + c] = a.scale;
         k[2 * W + c] = a.shift;
-        if (!dx) continue;
-        k[3 * W + c] = a.scale * G[C + c] / F(root)(saved[VAR * C + c] + (T)p->eps);
-        k[4 * W + c] = a.scale * G[c];
+        k[3 * W + c] = dx ? a.scale * a.rstd * G[C + c] : a.rstd;
+        k[4 * W + c] = dx ? a.scale * G[c] : 0;
     }
     F(cl_repeat)(p, dx ? 5 : 3);
 }
 static void F(cl_add)(call *p) {
     for (i64 j = 1; j < p->chunks; j++)
+        #pragma omp simd
         for (i64 c = 0; c < 2 * p->C; c++) p->part[c] += p->part[2 * p->C * j + c];
 }
 
@@ -648,7 +667,8 @@ static int F(begin)(call *p) {
     p->D = C < 128 ? C * parts(128, C) : C;
     while (C < 128 && p->D % L && p->D < 8 * C) p->D += C;
     i64 rows = parts(size, p->D);
-    p->chunks = most(1, least(least(64, size / 16384), rows / 32));
+    p->chunks = most(least(size / 16384, 8), size / 65536);
+    p->chunks = most(1, least(least(64, p->chunks), rows / 32));
     p->rows = parts(rows, p->chunks);
     p->chunks = parts(rows, p->rows);
     p->width = 64 * parts(p->D, 64); // rows of the vectors below begin in a cache line
@@ -667,11 +687,15 @@ static void F(cl_mean_and_var)(call *p) {
     const X *x = p->x;
     T *k = p->coef, *m = (T *)p->saved + BATCH_MEAN * C, *v = (T *)p->saved + BATCH_VAR * C;
     memset(k, 0, C * sizeof(T));
-    for (i64 r = 0; r < near; r++) for (i64 c = 0; c < C; c++) k[c] += F(get)(x + r * C + c);
+    for (i64 r = 0; r < near; r++)
+        #pragma omp simd
+        for (i64 c = 0; c < C; c++) k[c] += F(get)(x + r * C + c);
+    #pragma omp simd
     for (i64 c = 0; c < C; c++) k[c] = k[c] - k[c] == 0 ? k[c] / near : 0;
     F(cl_repeat)(p, 1);
     run(p, F(cl_moments), p->chunks);
     F(cl_add)(p);
+    #pragma omp simd
     for (i64 c = 0; c < C; c++) {
         double s = p->part[c] / p->M, q = p->part[C + c] / p->M - s * s;
         m[c] = k[c] + s;
@@ -706,15 +730,15 @@ static int F(backward)(call *p) {
     const i64 C = p->C;
     if (F(begin)(p)) return NO_MEMORY;
     if (!p->last) { run(p, F(nc_backward__s)[p->act], parts(C, p->block)); return 0; }
-    T *db = p->dbeta, *dw = p->dgamma;
-    const T *saved = p->saved;
+    T *db = p->dbeta, *dw = p->dgamma, *rstd = (T *)p->coef + 3 * p->width;
     if (p->phases & SUMS) {
         F(cl_coef)(p, 0);
         run(p, F(cl_sums__s)[p->act], p->chunks);
         F(cl_add)(p);
+        #pragma omp simd
         for (i64 c = 0; c < C; c++) {
             db[c] = p->part[c];
-            dw[c] = p->part[C + c] / sqrt(saved[VAR * C + c] + p->eps);
+            dw[c] = p->part[C + c] * rstd[c];
         }
     }
     if (p->phases & REACT) F(react)(p, 0, C);

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'MERGE', 'NORMALIZE', 'SUMS', 'REACT', 'DX', 'UPDATE', 'INCLUSIVE', 'CLIPPED', 'OWN_AVERAGE', 'SET',
-           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'DONE', 'CHANGED', 'NO_MEMORY', 'pack_plan', 'pack_call', 'threads',
-           'kernels', 'parallel', 'instruction_set', 'load', 'pool', 'layout', 'readable', 'like', 'as_statistics',
-           'plan', 'call', 'addresses', 'merge', 'react', 'Kernels']
+           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'DONE', 'CHANGED', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address',
+           'threads', 'kernels', 'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like',
+           'as_statistics', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
 
 # %% ../../nbs/03_kernels.cpu.ipynb #f6fc5f91
-import ctypes
-from functools import lru_cache
+import ctypes,math
 from importlib.resources import files
 from struct import Struct
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from ..moments import AutoMomentum
-from ..formulas import Formulas,KeptState,State,Step,seed
+from ..formulas import Formulas,KeptState,KeptStep,State,Step,seed
 
 # %% ../../nbs/03_kernels.cpu.ipynb #30d45db8
 MOMENTS,MERGE,NORMALIZE,SUMS,REACT,DX = (1<<i for i in range(6))
@@ -24,6 +24,7 @@ UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING = (1<<i for 
 DONE,CHANGED,NO_MEMORY = range(3)
 pack_plan = Struct('9q7d').pack  # the two parts of `call` in cpu.c
 pack_call = Struct('3qd24P').pack
+address = Tensor.data_ptr
 threads = torch.get_num_threads
 
 def load()->ctypes.CDLL: # `None` where there are none, or not for this platform
@@ -67,19 +68,23 @@ def like(dy, x, last):
     "`dy` as the kernels read it beside `x`"
     real = dy.dtype is x.dtype and not dy.is_neg() and dy.data_ptr() # no memory: all zeros
     if real and (dy.stride()==x.stride() or layout(dy)==last): return dy
-    return torch.empty_like(x).copy_(dy)
+    return torch.empty_like(x).copy_(dy.resolve_neg())
+
+none = torch.empty(0, device='cpu') # in the place of a tensor that is not there; at address 0
 
 def as_statistics(t, T):
-    "`t` in dtype `T`, contiguous"
-    return t if t is None or t.dtype is T and t.is_contiguous() else t.to(T).contiguous()
+    "`t` in dtype `T`, contiguous; `none` for `None`"
+    if t is None: return none
+    return t if t.dtype is T and t.is_contiguous() else t.to(T).contiguous()
 
 # %% ../../nbs/03_kernels.cpu.ipynb #8d04fa8c
 _types = {torch.float32:0, torch.float64:1, torch.bfloat16:2}
 _acts = {None:0, 'relu':1, 'silu':2}
 
-@lru_cache(maxsize=4096)
-def plan(step, N, C, size, last, dtype)->bytes:
-    "The first part of `call` in cpu.c"
+def plan(step, shape, dtype, last)->bytes:
+    "The first part of `call` in cpu.c; a `KeptStep` has it made once"
+    key = shape,dtype,last
+    if type(step) is KeptStep and step.key==key: return step.plan
     auto,running = type(step.momentum) is AutoMomentum,float(step.running_grad)
     flags = (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
@@ -88,12 +93,15 @@ def plan(step, N, C, size, last, dtype)->bytes:
     several = isinstance(step.weight, Tensor) and step.weight.numel()>1
     weight = 0. if several else float(step.weight)
     average = 0. if step.average is None else float(step.average)
-    return pack_plan(_types[dtype], instruction_set, N, C, size//(N*C), last, _acts[step.act],
+    N,C,*rest = shape
+    res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
         step.samples, flags, weight, average, step.momentum or 0., step.eps, step.clip,
         step.clip_max, running)
+    if type(step) is KeptStep: step.key,step.plan = key,res
+    return res
 
 _nowhere = [0]*13
-_step = Step(1, 1.) # where its numbers do not matter
+_step = KeptStep(1, 1.) # where its numbers do not matter
 
 def call(
     f, # `kernels.runbn_forward` or `kernels.runbn_backward`
@@ -101,48 +109,44 @@ def call(
     step:Step, # Numbers of the call
     x:Tensor, # Activations, `readable`
     last:int, # Their `layout`
-    weight:Tensor|None, # As the statistics, as all that follows
-    bias:Tensor|None, # The same
-    y:Tensor|None, # Result, laid out as `x`, or memory for `dx`
-    saved:Tensor, # `(7,C)`
+    tensors:tuple, # dy, weight, bias, y or dx, saved, sums of dz and of dz x-hat, G; or `none`
     state:list=_nowhere, # Addresses of a `State`
     floors:int=0, # How many there are
-    dy:Tensor=None, # Gradient, laid out as `x`
-    dbias:Tensor=None, # Sums, in the backward
-    dweight:Tensor=None, # The same
-    G:Tensor=None, # `(2,C)`
     scale:float=1., # Loss scale
 )->int: # `DONE`, or `CHANGED`: others have written the statistics
     "Call a kernel"
-    C,weights,plan_ = saved.shape[1],None,plan
-    if isinstance(step.weight, Tensor):
-        plan_ = plan.__wrapped__ # it may change
-        if step.weight.numel()>1: weights = as_statistics(step.weight, saved.dtype)
-    elif isinstance(step.running_grad, Tensor) or isinstance(step.average, Tensor): plan_ = plan.__wrapped__
-    res = f(plan_(step, x.shape[0], C, x.numel(), last, x.dtype)+pack_call(
-        phases, threads(), floors, scale, parallel, x.data_ptr(),
-        0 if dy is None else dy.data_ptr(), 0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if y is None else y.data_ptr(), *state,
-        0 if weights is None else weights.data_ptr(), saved.data_ptr(),
-        0 if dbias is None else dbias.data_ptr(), 0 if dweight is None else dweight.data_ptr(),
-        0 if G is None else G.data_ptr()))
-    if res==NO_MEMORY: raise MemoryError(f'running batch norm: no memory for sums of {C} channels')
+    weights = none
+    if isinstance(step.weight, Tensor) and step.weight.numel()>1:
+        weights = as_statistics(step.weight, tensors[4].dtype)
+    res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, parallel,
+        x.data_ptr(), *map(address, tensors), weights.data_ptr(), *state))
+    if res==NO_MEMORY: raise MemoryError(_no_memory.format(tuple(x.shape)))
     return res
+
+_no_memory = 'running batch norm of {}: no memory for sums, or activations without memory'
+
 
 # %% ../../nbs/03_kernels.cpu.ipynb #79b1c4de
 def addresses(
     state:State,
 )->list: # `None`, where a tensor is not as the kernels want it
     "Addresses of a state that is of the dtype of its window, and contiguous"
-    res = [0 if t is None else t.data_ptr() for t in state]
-    if type(state) is KeptState and state.addresses==res: return res # looked at before
+    kept = type(state) is KeptState # has no `None`
+    res = list(map(address, state if kept else [none if t is None else t for t in state]))
+    if kept and state.addresses==res: return res # looked at before
     T = state.mean.dtype
     def fits(t): return t is None or t.is_contiguous() and (t.dtype is T or t.dtype is torch.int64)
     if not all(map(fits, state)): return None
-    if type(state) is KeptState: state.addresses = res
+    if kept: state.addresses = res
     return res
 
-def merge(phases, step, x, last, weight, bias, y, saved, state):
+def written(tensors):
+    "Tell autograd that these were written"
+    try: increment_version(tensors)
+    except TypeError: # torch 2.4 takes one at a time
+        for t in tensors: increment_version(t)
+
+def merge(phases, step, x, last, tensors, state):
     "A forward, or part of it, that writes the state"
     where,wide = addresses(state),state
     if where is None: # statistics in half precision, as parameters are
@@ -150,26 +154,14 @@ def merge(phases, step, x, last, weight, bias, y, saved, state):
         def widened(t): return as_statistics(t, torch.int64 if t.dtype is torch.int64 else T)
         wide = State(*[t if t is None else widened(t) for t in state])
         where = addresses(wide)
-    args = phases,step,x,last,weight,bias,y,saved,where,len(state.floors)
-    if call(kernels.runbn_forward, *args)==CHANGED:
+    args = kernels.runbn_forward,phases,step,x,last,tensors,where,len(state.floors)
+    if call(*args)==CHANGED:
         seed(wide)
-        call(kernels.runbn_forward, *args)
+        call(*args)
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
-    if step.update:
-        for t in (state.avg_mean,state.avg_var): torch.autograd.graph.increment_version(t)
-
-def react(phases, step, x, last, weight, bias, dx, saved, dy, running, G, scale):
-    "A backward, or part of it, that writes the running gradient: gradients of weight and bias"
-    T,C = saved.dtype,saved.shape[1]
-    dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
-    weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
-    state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
-    call(kernels.runbn_backward, phases, step, x, last, weight, bias, dx, saved, state, 0, dy,
-        dbias, dweight, G, 1. if scale is None else float(scale))
-    if grad is not running: running.copy_(grad)
-    return dweight,dbias
+    if step.update: written(state[:9])
 
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"
@@ -178,72 +170,75 @@ class Kernels(Formulas):
     @classmethod
     def fits(cls, x, state):
         "Are these what the kernels can compute with?"
-        T,floors = state.mean.dtype,state.floors
-        narrower = T is torch.float32 and x.dtype in (torch.bfloat16,torch.float16)
-        return (kernels is not None and x.is_cpu and state.mean.is_cpu and x.numel()>0
-            and (x.dtype is T or narrower) and floors.ndim==1)
+        T,own = state.mean.dtype,x.dtype
+        narrower = T is torch.float32 and own in (torch.bfloat16,torch.float16)
+        return ((own is T or narrower) and kernels is not None and x.is_cpu and state.mean.is_cpu
+            and state.floors.ndim==1 and x.numel()>0)
+
+    @classmethod
+    def _forward(cls, phases, x, weight, bias, saved, step, state=None):
+        "What `phases` say; returns y, if they say so"
+        (x_,last),T = readable(x),saved.dtype
+        y = torch.empty_like(x_) if phases&NORMALIZE else none
+        weight,bias = as_statistics(weight, T),as_statistics(bias, T)
+        tensors = none,weight,bias,y,saved,none,none,none
+        if state is None: call(kernels.runbn_forward, phases, step, x_, last, tensors)
+        else: merge(phases, step, x_, last, tensors, state)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+
+    @classmethod
+    def _backward(cls, phases, dy, x, weight, bias, saved, step, running=None, G=none, scale=None):
+        "What `phases` say; returns dx, if they say so, and gradients of weight and bias"
+        (x_,last),T,C = readable(x),saved.dtype,x.shape[1]
+        dx = torch.empty_like(x_) if phases&DX else none
+        dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
+        weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
+        tensors = like(dy, x_, last),weight,bias,dx,saved,dbias,dweight,G
+        state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
+        scale = 1. if scale is None else float(scale)
+        call(kernels.runbn_backward, phases, step, x_, last, tensors, state, 0, scale)
+        if running is not None and step.update:
+            running.copy_(grad) if grad is not running else increment_version(running)
+        return dx if dx.dtype is x.dtype else dx.to(x.dtype),dweight,dbias
 
     @classmethod
     def moments(cls, x):
-        x,last = readable(x)
         saved = torch.empty((7,x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
-        call(kernels.runbn_forward, MOMENTS, _step, x, last, None, None, None, saved)
+        cls._forward(MOMENTS, x, None, None, saved, _step)
         return saved[4],saved[5]
 
     @classmethod
     def normalize(cls, x, weight, bias, saved, step):
-        x_,last = readable(x)
-        y = torch.empty_like(x_)
-        affine = [as_statistics(t, saved.dtype) for t in (weight,bias)]
-        call(kernels.runbn_forward, NORMALIZE, step, x_, last, *affine, y, saved)
-        return y if y.dtype is x.dtype else y.to(x.dtype)
+        return cls._forward(NORMALIZE, x, weight, bias, saved, step)
 
     @classmethod
     def sums(cls, dy, x, weight, bias, saved, step):
-        x,last = readable(x)
-        affine = [as_statistics(t, saved.dtype) for t in (weight,bias)]
-        sums = saved.new_empty((2,x.shape[1]))
-        call(kernels.runbn_backward, SUMS, step, x, last, *affine, None, saved,
-            dy=like(dy, x, last), dbias=sums[0], dweight=sums[1])
-        return sums
+        return torch.stack(cls._backward(SUMS, dy, x, weight, bias, saved, step)[:0:-1])
 
     @classmethod
     def dx(cls, dy, x, weight, bias, saved, G, step):
-        x_,last = readable(x)
-        dx = torch.empty_like(x_)
-        affine = [as_statistics(t, saved.dtype) for t in (weight,bias)]
-        call(kernels.runbn_backward, DX, step, x_, last, *affine, dx, saved,
-            dy=like(dy, x_, last), G=as_statistics(G, saved.dtype))
-        return dx if dx.dtype is x.dtype else dx.to(x.dtype)
+        G = as_statistics(G, saved.dtype)
+        return cls._backward(DX, dy, x, weight, bias, saved, step, G=G)[0]
 
     @classmethod
     def forward(cls, x, weight, bias, state, step):
-        T = state.mean.dtype
-        x_,last = readable(x)
-        y,saved = torch.empty_like(x_),torch.empty(7, x.shape[1], dtype=T)
-        weight,bias = as_statistics(weight, T),as_statistics(bias, T)
-        merge(MOMENTS|MERGE|NORMALIZE, step, x_, last, weight, bias, y, saved, state)
-        return y if y.dtype is x.dtype else y.to(x.dtype),saved
+        saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
+        return cls._forward(MOMENTS|MERGE|NORMALIZE, x, weight, bias, saved, step, state),saved
 
     @classmethod
     def statistics(cls, x, state, step):
-        saved = torch.empty(7, x.shape[1], dtype=state.mean.dtype)
-        merge(MOMENTS|MERGE, step, *readable(x), None, None, None, saved, state)
+        saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
+        cls._forward(MOMENTS|MERGE, x, None, None, saved, step, state)
         return saved
 
     @classmethod
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        x_,last = readable(x)
-        dx = torch.empty_like(x_) if need_dx else None
         phases = SUMS|REACT|DX if need_dx else SUMS|REACT
-        sums = react(phases, step, x_, last, weight, bias, dx, saved, like(dy, x_, last), running,
-            None, scale)
-        return dx if dx is None or dx.dtype is x.dtype else dx.to(x.dtype),*sums
+        grads = cls._backward(phases, dy, x, weight, bias, saved, step, running, scale=scale)
+        return grads if need_dx else (None,*grads[1:])
 
     @classmethod
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
-        x,last = readable(x)
-        G = torch.empty(2, x.shape[1], dtype=saved.dtype)
-        dweight,dbias = react(SUMS|REACT, step, x, last, weight, bias, None, saved,
-            like(dy, x, last), running, G, scale)
-        return G,torch.stack((dbias, dweight))
+        G = torch.empty((2,x.shape[1]), dtype=saved.dtype)
+        sums = cls._backward(SUMS|REACT, dy, x, weight, bias, saved, step, running, G, scale)
+        return G,torch.stack(sums[:0:-1])
