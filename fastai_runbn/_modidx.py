@@ -748,8 +748,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers.RunningBatchNormMixin._samples': ( 'layers.html#runningbatchnormmixin._samples',
                                                                                              'fastai_runbn/layers.py'),
-                                     'fastai_runbn.layers.RunningBatchNormMixin._train_forward': ( 'layers.html#runningbatchnormmixin._train_forward',
-                                                                                                   'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers.RunningBatchNormMixin.as_leaf': ( 'layers.html#runningbatchnormmixin.as_leaf',
                                                                                             'fastai_runbn/layers.py'),
                                      'fastai_runbn.layers.RunningBatchNormMixin.chosen': ( 'layers.html#runningbatchnormmixin.chosen',

@@ -300,7 +300,7 @@ class RunningBatchNormMixin(WindowBuffers):
         "Normalise `x`, `(N,C,*)`: in training with the window, which it updates; else as BatchNorm"
         if isinstance(x, Proxy): return self.as_leaf(x)
         self._check_input_dim(x)
-        return self.normalized(x)
+        return self.keeper(self, x)
 
     def normalized(self, x, act=None):
         "What `forward` returns, with the activation `act` ('relu', 'silu' or none) in training"
@@ -309,23 +309,19 @@ class RunningBatchNormMixin(WindowBuffers):
     def own_forward(self, x, act=None):
         "The same, once the keeper of the window has it ready"
         mean,var = self._buffers['running_mean'],self._buffers['running_var']
-        if mean is None and var is None: # taken away, as some test-time adaptation does
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0., self.eps)
-        if self.training and (x.numel() or self.keeper.takes_empty):
-            return self.train_forward(x, act)
-        return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0., self.eps)
-
-    def train_forward(self, x, act=None):
-        "A forward in training, with the window that the keeper has"
+        taken = mean is None and var is None # away, as some test-time adaptation does
+        if taken or not self.training or not (x.numel() or self.keeper.takes_empty):
+            return F.batch_norm(x, mean, var, self.weight, self.bias, taken, 0., self.eps)
         if x.shape[1]!=self.num_features:
             raise RuntimeError(f'{type(self).__name__} of {self.num_features} channels got '
                 f'{x.shape[1]}, in an input of shape {tuple(x.shape)}')
-        if type(x) is Tensor: return self._train_forward(x, act)
+        if type(x) is Tensor: return self.train_forward(x, act)
         with torch._C.DisableTorchFunctionSubclass(): # a TensorImage asks Python at every operator
-            y = self._train_forward(x, act)
+            y = self.train_forward(x, act)
         return y if type(x) in (nn.Parameter,type(y)) else y.as_subclass(type(x))
 
-    def _train_forward(self, x, act):
+    def train_forward(self, x, act=None):
+        "A forward in training, with the window that the keeper has"
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError(_no_functorch.format(type(self).__name__))
