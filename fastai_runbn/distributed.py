@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .moments import AutoMomentum,SampleWindow,auto_momentum,average_share,head_start
 from .moments import lesson10_weight,merge_moments,trust,window_share,window_weight
-from .formulas import Saved,State,react,to_save
+from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
 from .layers import RunningBatchNormMixin
@@ -237,7 +237,7 @@ class WindowSync(OwnWindow, Joinable):
             if isinstance(m, RunningBatchNormMixin): found.setdefault(m, name)
         self.names,self.pack = list(found.values()),_Pack(list(found))
         self.model,self.hold,self.handle = model,False,None
-        self.group = dist.group.WORLD if group is None else group
+        self.group = group or dist.group.WORLD
         self.rank,self.world = dist.get_rank(self.group),dist.get_world_size(self.group)
         self.number = {l:i for i,l in enumerate(found)}
 
@@ -256,10 +256,15 @@ class WindowSync(OwnWindow, Joinable):
 @patch
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
-    def plain(o): return o if o is None or isinstance(o, (int,float,str,tuple,bool)) or type(o) is SampleWindow else type(o).__name__
+    def plain(o):
+        kept = isinstance(o, (int,float,str,tuple,bool,SampleWindow,type(None)))
+        return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}
-    wrong = f"the running norms are on {len(devices)} devices ({', '.join(sorted(devices))}), and on one they have to be" if len(devices)>1 else ''
+    wrong = ''
+    if len(devices)>1:
+        wrong = (f"the running norms are on {len(devices)} devices ({', '.join(sorted(devices))}), "
+            'and on one they have to be')
     return {'':wrong, 'mode':self.mode, **{n:(l.num_features,settings(l)) for n,l in zip(self.names, self.pack.layers)}}
 
 def _difference(a, b, rank):
@@ -363,9 +368,7 @@ class LayerSync(WindowSync):
             dist.all_reduce(flat, group=self.group)
             new,m,v,share = pack.merge(old, sums, head, pack.rules())
             if step.update: pack.write(new)
-            seen,floors = new.seen if step.inclusive else old.seen,state.floors
-            at = seen.clamp(max=len(floors)-1)
-            floor = floors.index_select(0, at)[0] if step.clamped else None
+            floor = floor_of(state.floors, old.seen, step._replace(samples=new.seen-old.seen))
             values = [t.to(state.mean.dtype) for t in (new.mean,new.var,share,m,v)]
             saved = to_save(*values, floor, step)
             saved[4],saved[5] = own # by which the layer knows a batch that is computed again
@@ -413,7 +416,7 @@ class StepSync(WindowSync):
     def __init__(self, model, group=None):
         super().__init__(model, group)
         self.work = self.pending = self.base = self.local = self.sums = None
-        self.last_share = self.last_count = None
+        self.last_share = self.last_count = 0.
         self.forwards,self.backwards,self.queued,self.awaits,self.skip = [],[],False,False,False
 
     def join_hook(self, **kwargs): return _Shadow(self)
@@ -550,8 +553,8 @@ def settle(self:StepSync, drop=False):
 def merged_grad(self:StepSync, base, sums, share):
     "The running gradient with the step's; a later backward of the same forwards adds to it"
     n = sums[3]
-    self.last_share = share if self.last_share is None else torch.where(sums[0]>0, share, self.last_share)
-    self.last_count = n if self.last_count is None else torch.where(n>0, n, self.last_count)
+    self.last_share = torch.where(sums[0]>0, share, self.last_share)
+    self.last_count = torch.where(n>0, n, self.last_count)
     left = torch.where(n>0, (1-self.last_share)*base.grad, base.grad)
     return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)
 

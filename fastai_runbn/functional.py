@@ -31,8 +31,7 @@ def implementation(
 ):
     "Who computes a running norm of `x`, where nobody traces it"
     if backend=='formulas' or type(x).__torch_dispatch__ is not _no_dispatch: return Formulas
-    if Kernels.fits(x, state): return Kernels
-    return SyncBatchNormParts if SyncBatchNormParts.fits(x, state) else Formulas
+    return next(how for how in (Kernels,SyncBatchNormParts,Formulas) if how.fits(x, state))
 
 def is_traced()->bool:
     "Is somebody recording operators?"
@@ -152,7 +151,7 @@ class LossScale:
         "What the loss is scaled with, as its GradScaler told or as was said; or a warning in float16"
         if cls.now is not None or torch.is_tensor(said):
             scale = said if cls.now is None else cls.now
-            return scale if scale.device==running.device else scale.to(running.device)
+            return scale.to(running.device)
         if said is None and x.dtype==torch.float16: _warn_of_no_scale()
         return None
 
@@ -194,12 +193,13 @@ class RunningNorm(Function):
     "A normalised batch, with the gradient of a running norm"
     @staticmethod
     def forward(ctx, x, weight, bias, y, saved, call):
-        ctx.call,ctx.bias_dtype = call,None if bias is None else bias.dtype
-        if call.state is not None:
-            y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
-            ctx.save_for_backward(x, weight, None if call.step.act is None else bias, saved)
+        ctx.call,ctx.bias_dtype = call,getattr(bias, 'dtype', None)
+        compiling = call.state is not None
+        if compiling: y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
+        if call.step.act is None: bias = None # which only the activation's slope depends on
+        if compiling: ctx.save_for_backward(x, weight, bias, saved)
         else: # `saved` stays what it is, whatever hooks do to saved tensors: it says what is owed
-            ctx.save_for_backward(x, weight, None if call.step.act is None else bias)
+            ctx.save_for_backward(x, weight, bias)
             ctx.saved = saved
         return y[0]
 
@@ -215,10 +215,11 @@ def _gradients(ctx, dy, x, weight, bias, saved=None):
     "Of `x`, weight and bias, and three times `None`"
     how,step,running,keeper,layer,said,paid,state = ctx.call
     need_x,need_w,need_b,*_ = ctx.needs_input_grad
-    if not (isinstance(step.running_grad, Tensor) or step.running_grad): scale = None
-    elif state is None: scale = LossScale.of(said, x, running)
-    else: scale = said if isinstance(said, Tensor) else None
-    if state is None: saved = ctx.saved
+    pays,scale = isinstance(step.running_grad, Tensor) or step.running_grad,None
+    if state is None:
+        saved = ctx.saved
+        if pays: scale = LossScale.of(said, x, running)
+    elif pays and isinstance(said, Tensor): scale = said
     dx,dweight,dbias = keeper.backward(
         layer, how, dy, x, weight, bias, saved, running, step, scale, need_x)
     if paid is not None: paid()
@@ -281,9 +282,11 @@ def running_batch_norm(
             f'{tuple(x.shape)}')
     window = window_mean,window_var,window_count
     counters = [torch.zeros(s, dtype=torch.long, device=x.device) for s in ((),(1,),())]
-    floors = window_mean.new_zeros(1) if floor is None else floor.expand(C)[None]
-    grad = window_mean.new_zeros((2,C)) if window_grad is None else window_grad
+    floors,grad = window_mean.new_zeros(1),window_grad
+    if floor is not None: floors = floor.expand(C)[None]
+    if grad is None: grad = window_mean.new_zeros((2,C))
     state = State(*window, *[torch.empty_like(t) for t in window], *counters, floors, grad)
     step = Step(len(x), a, running_grad=running_grad, eps=eps, clamped=floor is not None)
-    call = Call(choose(x, state), step, grad, state=state if torch.compiler.is_compiling() else None)
+    call = Call(choose(x, state), step, grad)
+    if torch.compiler.is_compiling(): call = call._replace(state=state)
     return running_norm(x, weight, bias, state, call)[0]

@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import pandas as pd, torch, torch.nn.functional as F
 from torch import nn
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType,Function
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import profile,ProfilerActivity
 from ..reference import ReferenceRunningBatchNorm
 from ..kernels import cpu
@@ -28,6 +29,23 @@ from .peers import BatchRenorm2d,BatchRenorm3d,MABN2d,MABN3d,use_norm
 
 # %% ../../nbs/12_bench.speed.ipynb #7b10e0ab
 def _group_norm(C): return nn.GroupNorm(min(32, C), C)
+
+class _ByPython(Function):
+    "BatchNorm's own two operators, called by an autograd function in Python"
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var):
+        y,*saved = torch.native_batch_norm(x, weight, bias, mean, var, True, .1, 1e-5)
+        ctx.save_for_backward(x, weight, mean, var, *saved)
+        return y
+    @staticmethod
+    def backward(ctx, dy):
+        args = dy,*ctx.saved_tensors,True,1e-5,[True]*3
+        return *torch.ops.aten.native_batch_norm_backward(*args),None,None
+
+class _PythonBatchNorm(_BatchNorm):
+    "BatchNorm in training, by the road that every layer goes which is not in PyTorch itself"
+    def forward(self, x):
+        return _ByPython.apply(x, self.weight, self.bias, self.running_mean, self.running_var)
 
 class _SyncAlone(nn.SyncBatchNorm):
     "SyncBatchNorm by the kernels and collectives that it has for several processes, in one: by itself it would be BatchNorm there"
@@ -42,6 +60,7 @@ class _SyncAlone(nn.SyncBatchNorm):
 # %% ../../nbs/12_bench.speed.ipynb #80e90dbb
 contenders = { # name: makes a layer of C channels for `(N,C,H,W)`, and for `(N,C,D,H,W)`
     'BatchNorm':(nn.BatchNorm2d,nn.BatchNorm3d),
+    'BatchNorm by Python':(_PythonBatchNorm,_PythonBatchNorm),
     'lesson 10':(ReferenceRunningBatchNorm,ReferenceRunningBatchNorm),
     'ours':(RunningBatchNorm2d,RunningBatchNorm3d),
     'formulas':(partial(RunningBatchNorm2d, backend='formulas'),partial(RunningBatchNorm3d, backend='formulas')),
@@ -356,6 +375,7 @@ models = { # name: makes a model with BatchNorm, shape of its input
     'U-Net 256px':(SmallUNet,(1,3,256,256))}
 model_contenders = { # name: makes of a model with BatchNorm one with another norm
     'BatchNorm':lambda m: m,
+    'BatchNorm by Python':partial(use_norm, make=_PythonBatchNorm),
     'lesson 10':partial(use_norm, make=ReferenceRunningBatchNorm),
     'ours':to_runbn,
     'ours, activation apart':lambda m: _activation_apart(to_runbn(m)),
@@ -541,7 +561,7 @@ def ratio_table(
     return table.rename_axis(columns=None)
 
 # %% ../../nbs/12_bench.speed.ipynb #02669546
-colors = {'lesson 10':'#d55e00', 'ours':'#0072b2', 'ours, activation apart':'#56b4e9', 'formulas':'#999933',
+colors = {'BatchNorm by Python':'#000000', 'lesson 10':'#d55e00', 'ours':'#0072b2', 'ours, activation apart':'#56b4e9', 'formulas':'#999933',
     'GroupNorm':'#009e73', 'SyncBatchNorm':'#999999', 'BatchRenorm':'#e69f00', 'MABN':'#cc79a7'}
 
 def plot_speed(

@@ -62,7 +62,10 @@ def readable(x):
     if x.dtype is torch.float16: x = x.float()
     if x.is_neg(): x = x.resolve_neg() # where autograd has only noted a minus
     last = layout(x)
-    return (x,last) if last is not None else (x.contiguous(),layout(x.contiguous()))
+    if last is None:
+        x = x.contiguous()
+        last = layout(x)
+    return x,last
 
 def like(dy, x, last):
     "`dy` as the kernels read it beside `x`"
@@ -90,12 +93,10 @@ def plan(step, shape, dtype, last)->bytes:
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
         | CUMULATIVE*(step.momentum is None)
         | (CLIPPED|RUNNING)*(torch.is_tensor(step.running_grad) or running>0))
-    several = isinstance(step.weight, Tensor) and step.weight.numel()>1
-    weight = 0. if several else float(step.weight)
-    average = 0. if step.average is None else float(step.average)
-    N,C,*rest = shape
+    weight,(N,C,*rest) = step.weight,shape
+    if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
     res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
-        step.samples, flags, weight, average, step.momentum or 0., step.eps, step.clip,
+        step.samples, flags, weight, step.average or 0., step.momentum or 0., step.eps, step.clip,
         step.clip_max, running)
     if type(step) is KeptStep: step.key,step.plan = key,res
     return res
@@ -131,14 +132,15 @@ def addresses(
     state:State,
 )->list: # `None`, where a tensor is not as the kernels want it
     "Addresses of a state that is of the dtype of its window, and contiguous"
-    kept = type(state) is KeptState # has no `None`
-    res = list(map(address, state if kept else [none if t is None else t for t in state]))
+    kept = type(state) is KeptState # has all that there is to have
+    there = state
+    if not kept: there = [t for t in state if t is not None]
+    res = list(map(address, there))
     if kept and state.addresses==res: return res # looked at before
     T = state.mean.dtype
-    def fits(t): return t is None or t.is_contiguous() and (t.dtype is T or t.dtype is torch.int64)
-    if not all(map(fits, state)): return None
+    if not all(t.is_contiguous() and t.dtype in (T,torch.int64) for t in there): return None
     if kept: state.addresses = res
-    return res
+    return res+[0]*(len(state)-len(res))
 
 def written(tensors):
     "Tell autograd that these were written"
@@ -151,8 +153,9 @@ def merge(phases, step, x, last, tensors, state):
     where,wide = addresses(state),state
     if where is None: # statistics in half precision, as parameters are
         T = state.mean.dtype
-        def widened(t): return as_statistics(t, torch.int64 if t.dtype is torch.int64 else T)
-        wide = State(*[t if t is None else widened(t) for t in state])
+        def narrow(t): return t is not None and t.is_floating_point()
+        changes = {k:as_statistics(t, T) for k,t in state._asdict().items() if narrow(t)}
+        wide = State(*state)._replace(**changes)
         where = addresses(wide)
     args = kernels.runbn_forward,phases,step,x,last,tensors,where,len(state.floors)
     if call(*args)==CHANGED:
@@ -195,10 +198,10 @@ class Kernels(Formulas):
         weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
         tensors = like(dy, x_, last),weight,bias,dx,saved,dbias,dweight,G
         state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
-        scale = 1. if scale is None else float(scale)
+        if scale is None: scale = 1.
         call(kernels.runbn_backward, phases, step, x_, last, tensors, state, 0, scale)
-        if running is not None and step.update:
-            running.copy_(grad) if grad is not running else increment_version(running)
+        if grad is running: increment_version(running)
+        elif running is not None: running.copy_(grad)
         return dx if dx.dtype is x.dtype else dx.to(x.dtype),dweight,dbias
 
     @classmethod
@@ -233,7 +236,7 @@ class Kernels(Formulas):
 
     @classmethod
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        phases = SUMS|REACT|DX if need_dx else SUMS|REACT
+        phases = SUMS|REACT|DX*need_dx
         grads = cls._backward(phases, dy, x, weight, bias, saved, step, running, scale=scale)
         return grads if need_dx else (None,*grads[1:])
 
