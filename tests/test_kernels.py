@@ -1,6 +1,6 @@
 """The C kernels beside the formulas in float64: whole calls and parts of them, any form and memory
 layout of what comes in, threads, forks, instruction sets, and that they write where they may"""
-import os,shutil,subprocess,sys,threading
+import copy,os,shutil,subprocess,sys,threading
 from pathlib import Path
 import pytest,torch
 from hypothesis import given,strategies as st
@@ -634,6 +634,45 @@ def test_version_counters_of_the_statistics(backend):
         before = versions()
         norm.train(training)(x)
         assert all((a>b)==rises for a,b in zip(versions(), before))
+
+@pytest.mark.parametrize('backend', backends)
+def test_version_counters_of_all_that_is_written(backend):
+    "All buffers in the forward but the running gradient, which the backward writes; known_* follow"
+    norm,x = RunningBatchNorm2d(4, backend=backend),torch.randn(2,4,3,3)
+    def risen(do):
+        before = {n:b._version for n,b in norm.named_buffers()}
+        res = do()
+        return res,{n for n,b in norm.named_buffers() if b._version>before[n]}-{'known_mean','known_var'}
+    y,forward = risen(lambda: norm(x))
+    _,backward = risen(lambda: y.sum().backward())
+    assert backward=={'window_grad'}
+    assert forward=={n for n,_ in norm.named_buffers()}-{'window_grad','known_mean','known_var'}
+
+@needs_kernels
+def test_how_is_chosen_anew_where_something_has_changed():
+    "Type of window, of activations, layout, a setting, a batch of other size"
+    norm,x = RunningBatchNorm2d(4),torch.randn(2,4,3,3)
+    def path(x):
+        norm(x)
+        return norm.path
+    assert path(x)==path(x)=='cpu'
+    norm.double()
+    assert path(x)=='formulas' and path(x.double())=='cpu' # float32 beside statistics in float64
+    norm.float()
+    assert path(x.double())=='formulas' and path(x)=='cpu'
+    norm.backend = 'formulas'
+    assert path(x)=='formulas'
+    norm.backend = 'auto'
+    assert path(x)=='cpu'
+    for change in (dict(window=7.), dict(running_grad=.5), dict(momentum=.1), dict(clamp=None), dict(eval_window=9)):
+        twin = copy.deepcopy(norm).requires_grad_(False)
+        norm.set_settings(**change)
+        twin.set_settings(**change)
+        twin.backend = 'formulas'
+        for n in (2,3): # its own size, too
+            batch = torch.randn(n,4,3,3)
+            torch.testing.assert_close(norm(batch), twin(batch))
+        for a,b in zip(norm.buffers(), twin.buffers()): torch.testing.assert_close(a, b)
 
 # --------------------------------------------------------------------------------------- memory
 driver = r'''

@@ -6,7 +6,7 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 kernels = ['tests/test_kernels.py','-k','formulas or 300_steps or parts_are or rounded or large_mean or half_precision or of_any_kind']
 small = ['tests/test_kernels.py','-k','small_variance']
-versions = ['tests/test_kernels.py','-k','version or evaluation_and_its']
+versions = ['tests/test_kernels.py','-k','version or evaluation_and_its or chosen_anew']
 formulas = [*(f'tests/test_{o}.py' for o in ('lockstep','properties','add_up','no_sync','paths','kernels','notebooks')),
     '-k','lockstep and formulas or properties or several or no_host or cuda_stood or every_call or 02_formulas']
 quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]
@@ -31,8 +31,8 @@ mutations = [
     ('the newest batch taken for the one recomputed', 'layers', '.argmin(0, keepdim=True)', '.argmin(0, keepdim=True)*0', quick),
     ('half() narrows the window', 'layers', 'new.itemsize<4', 'False', quick),
     ('evaluation follows the training window', 'layers', 'average = None if eval_window is None else at_most_1(bs/eval_window)', 'average = None', quick),
-    ('a second derivative without a word', 'functional', 'grads = _Once.apply(x, dy, weight, *grads)', 'pass', few),
-    ('tracers see no operator', 'functional', "is_traced() and backend=='auto'", 'False', quick),
+    ('a second derivative without a word', 'functional', 'if ctx.call.state is None: grads = *_Once.apply(*tensors[:2], dy, *grads[:3]),*grads[3:]', 'pass', few),
+    ('tracers see no operator', 'functional', "is_traced() and (backend=='auto' or torch.compiler.is_compiling())", 'False', quick),
     ('a debt that was found on the device stays', 'layers', 'for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)', 'pass', adds),
     ('the scale that a scaler tells not minded', 'functional', 'if cls.now is not None or torch.is_tensor(said):', 'if torch.is_tensor(said):', scales),
     ('kernel: statistics in half precision not written', 'kernels/cpu', 'if t is not new: t.copy_(new)', 'pass', kernels),
@@ -81,7 +81,7 @@ mutations = [
 
 # the same in C, for which the kernel is compiled anew
 in_c = [
-    ('C: the shift left out of the moments', 'kernels/cpu.c', 'T about = first / near,', 'T about = 0,', kernels),
+    ('C: the shift left out of the moments', 'kernels/cpu.c', 'about /= near;', 'about = 0;', kernels),
     ('C: the shift left out of the moments, channels last', 'kernels/cpu.c', 'k[c] = k[c] - k[c] == 0 ? k[c] / near : 0;', 'k[c] = 0;', kernels),
     ('C: the shift left in the variance', 'kernels/cpu.c', 'square = square / p->M - sum * sum;', 'square = square / p->M;', kernels),
     ('C: the shift left in the variance, channels last', 'kernels/cpu.c', 'q = p->part[C + c] / p->M - s * s;', 'q = p->part[C + c] / p->M;', kernels),
@@ -125,18 +125,22 @@ to_run = [ # rewritten for the new core, and not yet run again
     ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
     ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
     ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
-    ('the clamp counts the batch at hand', 'formulas', 's.seen+step.samples if step.inclusive else', 's.seen+step.samples if True else', formulas),
+    ('the clamp counts the batch at hand', 'formulas', 'if step.inclusive: seen', 'if True: seen', formulas),
     ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
-    ('the floor looked up on the host', 'formulas', 's.floors.index_select(0, seen.clamp(max=len(s.floors)-1))[0]', 's.floors[min(int(seen), len(s.floors)-1)]', formulas),
+    ('the floor looked up on the host', 'formulas', 'floors.index_select(0, seen.clamp(max=len(floors)-1))[0]', 'floors[min(int(seen), len(floors)-1)]', formulas),
     ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
     ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
     ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
     ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
-    ('a biased variance in the average of a momentum that was set', 'formulas', 'M/max(1, M-1)', '1', formulas),
+    ('a biased variance in the average of a momentum that was set', 'formulas', 'v*M/(M-1+(M==1))', 'v', formulas),
     ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
     ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
     ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
-    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'torch.autograd.graph.increment_version(t)', 'pass', versions),
+    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'if step.update: written(state[:9])', 'pass', versions),
+    ('kernel: the version counter of the running gradient stays', 'kernels/cpu', 'if grad is running: increment_version(running)', 'if grad is running: pass', versions),
+    ('how is not chosen anew where a setting has changed', 'layers', 'type(settings[2]), *settings)', 'type(settings[2]))', versions),
+    ('how is not chosen anew where the state has changed', 'layers', 'last[0] is state and ', '', versions),
+    ('a momentum that equals the default not told from it', 'layers', 'type(settings[2]), *settings)', '*settings)', versions),
     ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
     ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
