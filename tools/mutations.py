@@ -77,7 +77,45 @@ mutations = [
     ('contract: zeros of pruned filters move', 'callback', 'nonzero = None if w.all() else w!=0', 'nonzero = None', contract),
     ('contract: shared filters move', 'callback', "if shared[id(w)]>1: return 'shared'", 'pass', contract),
     ('contract: filters move that the optimizer does not have', 'callback', "if trained is not None and id(w) not in trained: return 'not in the optimizer'", 'pass', contract),
-    ('contract: a scale left behind by an error', 'layers', 'LossScale.end() # where a backward ended in an error', 'pass', scales)]
+    ('contract: a scale left behind by an error', 'layers', 'LossScale.end() # where a backward ended in an error', 'pass', scales),
+    ('all of what is owed paid, whatever running_grad is', 'formulas', '(s.unpaid*step.running_grad)', 's.unpaid', formulas),
+    ('the statistics not detached', 'formulas', '@torch.no_grad()\n    def forward', 'def forward', formulas),
+    ('moments that are not finite merged', 'formulas', 'ok = var<math.inf', 'ok = (var==var)|True', formulas),
+    ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
+    ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
+    ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
+    ('the clamp counts the batch at hand', 'formulas', 'if step.inclusive: seen', 'if True: seen', formulas),
+    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
+    ('the floor looked up on the host', 'formulas', 'floors.index_select(0, seen.clamp(max=len(floors)-1))[0]', 'floors[min(int(seen), len(floors)-1)]', formulas),
+    ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
+    ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
+    ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
+    ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
+    ('a biased variance in the average of a momentum that was set', 'formulas', 'v*M/(M-1+(M==1))', 'v', formulas),
+    ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
+    ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
+    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
+    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'if step.update: written(state[:9])', 'pass', versions),
+    ('kernel: the version counter of the running gradient stays', 'kernels/cpu', 'if grad is running: increment_version(running)', 'if grad is running: pass', versions),
+    ('how is not chosen anew where a setting has changed', 'layers', 'type(settings[2]), *settings)', 'type(settings[2]))', versions),
+    ('how is not chosen anew where the state has changed', 'layers', 'last[0] is state and ', '', versions),
+    ('a momentum that equals the default not told from it', 'layers', 'type(settings[2]), *settings)', '*settings)', versions),
+    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
+    ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
+    ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
+    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(total[0]>0, total[0], math.nan)', 'n = total[0]*0+M', ranks),
+    ('contract: what is owed is paid in every backward', 'formulas', 'saved.data[-1] = 0.', 'pass', formulas),
+    ('contract: a later backward adds nothing to the running gradient', 'formulas', 'new = left+(own if scale is None else own/scale)', 'new = left+s.unpaid*(own if scale is None else own/scale)', formulas),
+    ('contract: a held layer updates its running gradient', 'formulas', 'if step.update:\n        new', 'if True:\n        new', formulas),
+    ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True', contract),
+    ('contract: what others write is not seen', 'formulas', 'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
+    ('contract: the layer takes what it wrote for written by others', 'formulas', 's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
+    ("contract: a momentum that was set is not BatchNorm's", 'formulas', 'share = torch.full_like(share, momentum)', 'pass', formulas),
+    ("contract: the spread between batches in BatchNorm's average", 'formulas', 'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
+    ('contract: torch.fx looks into the layer', 'layers', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
+    ('contract: a window on meta stays uninitialised', 'layers', "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False', contract),
+    ('contract: the running gradient in the unit of the scaled loss', 'formulas', 'own if scale is None else own/scale', 'own', formulas),
+    ('contract: what is owed is not scaled', 'formulas', 'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas)]
 
 # the same in C, for which the kernel is compiled anew
 in_c = [
@@ -118,46 +156,7 @@ in_c = [
     ("C: SiLU's slope without its sigmoid's", 'kernels/cpu.c', 'V s = F(sigmoid)(z);\n    return dy * s * (1 + z * (1 - s));', 'V s = F(sigmoid)(z);\n    return dy * s;', kernels)]
 
 flags = '-std=gnu11 -O1 -fno-math-errno -fno-trapping-math -fopenmp-simd -fPIC -shared -w -Wno-psabi'.split() # quick to compile
-to_run = [ # rewritten for the new core, and not yet run again
-    ('all of what is owed paid, whatever running_grad is', 'formulas', '(s.unpaid*step.running_grad)', 's.unpaid', formulas),
-    ('the statistics not detached', 'formulas', '@torch.no_grad()\n    def forward', 'def forward', formulas),
-    ('moments that are not finite merged', 'formulas', 'ok = var<math.inf', 'ok = (var==var)|True', formulas),
-    ('gradients that are not finite averaged', 'formulas', 'torch.where(g.abs()<math.inf, new, running)', 'new', formulas),
-    ('the variance reacts at its floor', 'formulas', 'sums[1]*(s.factor>0)', 'sums[1]', formulas),
-    ('the average for evaluation shorter than the window', 'moments', '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
-    ('the clamp counts the batch at hand', 'formulas', 'if step.inclusive: seen', 'if True: seen', formulas),
-    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
-    ('the floor looked up on the host', 'formulas', 'floors.index_select(0, seen.clamp(max=len(floors)-1))[0]', 'floors[min(int(seen), len(floors)-1)]', formulas),
-    ('the floor not applied', 'formulas', 'var = torch.maximum(var, floor)', 'pass', formulas),
-    ('what is owed not clipped', 'formulas', '(step.clip/mean_square).clamp(max=step.clip_max)', 'torch.ones_like(mean_square)', formulas),
-    ("SiLU's slope without its sigmoid's", 'formulas', 'return dy*s*(1+z*(1-s))', 'return dy*s', formulas),
-    ('a channel that is not finite written', 'formulas', 'torch.where(ok, mean, s.mean),torch.where', 'mean,torch.where', formulas),
-    ('a biased variance in the average of a momentum that was set', 'formulas', 'v*M/(M-1+(M==1))', 'v', formulas),
-    ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
-    ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
-    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
-    ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'if step.update: written(state[:9])', 'pass', versions),
-    ('kernel: the version counter of the running gradient stays', 'kernels/cpu', 'if grad is running: increment_version(running)', 'if grad is running: pass', versions),
-    ('how is not chosen anew where a setting has changed', 'layers', 'type(settings[2]), *settings)', 'type(settings[2]))', versions),
-    ('how is not chosen anew where the state has changed', 'layers', 'last[0] is state and ', '', versions),
-    ('a momentum that equals the default not told from it', 'layers', 'type(settings[2]), *settings)', '*settings)', versions),
-    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass', contract),
-    ('twins: torch.fx looks into the layer', 'twins', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
-    ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v', 'if True:\n        m,v', ranks),
-    ("ranks: a rank's own count of values in the pooled gradient", 'distributed', 'n = torch.where(total[0]>0, total[0], math.nan)', 'n = total[0]*0+M', ranks),
-    ('contract: what is owed is paid in every backward', 'formulas', 'saved.data[-1] = 0.', 'pass', formulas),
-    ('contract: a later backward adds nothing to the running gradient', 'formulas', 'new = left+(own if scale is None else own/scale)', 'new = left+s.unpaid*(own if scale is None else own/scale)', formulas),
-    ('contract: a held layer updates its running gradient', 'formulas', 'if step.update:\n        new', 'if True:\n        new', formulas),
-    ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True', contract),
-    ('contract: what others write is not seen', 'formulas', 'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
-    ('contract: the layer takes what it wrote for written by others', 'formulas', 's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
-    ("contract: a momentum that was set is not BatchNorm's", 'formulas', 'share = torch.full_like(share, momentum)', 'pass', formulas),
-    ("contract: the spread between batches in BatchNorm's average", 'formulas', 'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
-    ('contract: torch.fx looks into the layer', 'layers', 'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
-    ('contract: a window on meta stays uninitialised', 'layers', "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False', contract),
-    ('contract: the running gradient in the unit of the scaled loss', 'formulas', 'own if scale is None else own/scale', 'own', formulas),
-    ('contract: what is owed is not scaled', 'formulas', 'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas),
-]
+
 
 def build(folder):
     "Compile the kernel there, where pip would put it"
@@ -198,10 +197,10 @@ def record(what, row):
     "Put the row of a mutation into the report, in the place that it has here"
     rows = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if report.exists() else {}
     rows[what] = row
-    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c+to_run if m[0] in rows])+'\n')
+    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c if m[0] in rows])+'\n')
 
 def main(*words):
-    chosen,missed = [m for m in mutations+in_c+to_run if not words or any(w in m[0] for w in words)],[]
+    chosen,missed = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],[]
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)
