@@ -743,3 +743,14 @@ def test_jit_script_says_what_to_do():
     x = batch()
     want = model(x)
     same(torch.jit.script(to_bn(model))(x), want)
+
+def test_scale_of_a_loss_ends_with_its_backward():
+    "A loss that is not scaled after one that is, without a forward between them"
+    x = torch.randn(2,3,4,5,5)
+    def trained(*scales):
+        norm = RunningBatchNorm2d(4)
+        ys = [norm(o) for o in x]
+        for y,scale in zip(ys, scales): scale(y.square().sum()).backward()
+        return norm.window_grad
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    torch.testing.assert_close(trained(scaler.scale, nn.Identity()), trained(nn.Identity(), nn.Identity()))

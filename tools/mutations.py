@@ -11,9 +11,9 @@ formulas = [*(f'tests/test_{o}.py' for o in ('lockstep','properties','add_up','n
     '-k','lockstep and formulas or properties or several or no_host or cuda_stood or every_call or 02_formulas']
 quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','state','numerics','autograd','no_sync','paths')]
 few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
-compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints']
+compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints or what_they_say']
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
-pages = ['tests/test_notebooks.py','-k','04_functional']
+ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
@@ -94,7 +94,7 @@ mutations = [
     ('a biased variance in the average of a momentum that was set', 'formulas', 'v*M/(M-1+(M==1))', 'v', formulas),
     ('compiled: a forward that is done again merged again', 'functional', 'if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)', 'pass', compiled),
     ('compiled: the running gradient not named as written', 'functional', 'Tensor(running!) running', 'Tensor running', compiled),
-    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', pages),
+    ('the scale of a loss stays after its backward', 'functional', 'Variable._execution_engine.queue_callback(cls.end)', 'pass', ends),
     ('kernel: the version counters of the statistics stay', 'kernels/cpu', 'if step.update: written(state[:9])', 'pass', versions),
     ('kernel: the version counter of the running gradient stays', 'kernels/cpu', 'if grad is running: increment_version(running)', 'if grad is running: pass', versions),
     ('how is not chosen anew where a setting has changed', 'layers', 'type(settings[2]), *settings)', 'type(settings[2]))', versions),
