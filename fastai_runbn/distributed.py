@@ -257,7 +257,7 @@ class WindowSync(OwnWindow, Joinable):
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
     def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,bool,SampleWindow,type(None)))
+        kept = isinstance(o, (int,float,str,tuple,type(None))) or type(o) is SampleWindow
         return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}

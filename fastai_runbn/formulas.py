@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 class KeptStep(Step):
     "A `Step` of constants that is used again and again; what a kernel has made of it stays with it"
-    key = plan = None
+    plan = None # Sizes that it is for, and what was made
 
 class Saved(NamedTuple):
     "What a forward leaves to its backward, `(C,)` each: rows of one tensor `(7,C)`"

@@ -343,11 +343,11 @@ class RunningBatchNormMixin(WindowBuffers):
         "Implementation and `Step` for `x`: those of the last call, while all is as it was"
         if torch.compiler.is_compiling(): return choose(x, state, self.backend),self.step(x, act)
         settings = _settings_of(vars(self))
-        kept = type(settings[0]) in _constants and type(settings[1]) in _constants
-        kept = kept and not is_traced()
+        window,paid,momentum = settings[:3]
+        kept = type(window) in _constants and type(paid) in _constants and not is_traced()
         if kept:
             key = (type(x), x.shape, x.dtype, x.device, self.batch_size, self.keeper, act,
-                type(settings[2]), *settings)
+                type(momentum), *settings) # 'auto' is a number, too
             last = vars(self).get('_chosen')
             if last is not None and last[0] is state and last[1]==key: return last[2]
         how,step = choose(x, state, self.backend),self.step(x, act)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest,torch
 from hypothesis import given,strategies as st
 from torch import nn
-from fastai_runbn.formulas import Formulas,State,Step
+from fastai_runbn.formulas import Formulas,KeptStep,State,Step
 from fastai_runbn.kernels import cpu
 from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
@@ -642,15 +642,61 @@ def test_version_counters_of_all_that_is_written(backend):
     def risen(do):
         before = {n:b._version for n,b in norm.named_buffers()}
         res = do()
-        return res,{n for n,b in norm.named_buffers() if b._version>before[n]}-{'known_mean','known_var'}
+        return res,{n for n,b in norm.named_buffers() if b._version>before[n]}-known
+    known = {'known_mean','known_var'}
     y,forward = risen(lambda: norm(x))
     _,backward = risen(lambda: y.sum().backward())
     assert backward=={'window_grad'}
-    assert forward=={n for n,_ in norm.named_buffers()}-{'window_grad','known_mean','known_var'}
+    assert forward=={n for n,_ in norm.named_buffers()}-{'window_grad'}-known
+
+@needs_kernels
+def test_version_counters_where_torch_takes_one_tensor_at_a_time(monkeypatch):
+    "As torch 2.4 does"
+    def one(t):
+        if not isinstance(t, torch.Tensor): raise RuntimeError('increment_version expect a Tensor')
+        torch.autograd.graph.increment_version(t)
+    monkeypatch.setattr(cpu, 'increment_version', one)
+    norm = RunningBatchNorm2d(4)
+    before = norm.running_mean._version,norm.window_grad._version
+    norm(torch.randn(2,4,3,3)).sum().backward()
+    assert norm.running_mean._version>before[0] and norm.window_grad._version>before[1]
+
+@needs_kernels
+def test_plans_are_each_threads_own():
+    "Two threads with batches of other sizes, and one step that is kept for both"
+    xs,step = [torch.randn(2,c,3,3) for c in (5,3000)],KeptStep(2, .1)
+    wants = [cpu.plan(Step(*step), x.shape, x.dtype, 0) for x in xs]
+    wrong,before = [],sys.getswitchinterval()
+    def run(x, want):
+        for _ in range(20_000):
+            if cpu.plan(step, x.shape, x.dtype, 0)!=want: wrong.append(x.shape)
+    threads = [threading.Thread(target=run, args=a) for a in zip(xs, wants)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for t in threads: t.start()
+        for t in threads: t.join()
+    finally: sys.setswitchinterval(before)
+    assert not wrong
+
+@needs_kernels
+def test_activations_without_memory_are_an_error():
+    "Zeros that PyTorch keeps no memory for: an address that nothing may be read from"
+    x = torch._efficientzerotensor((2,4,3,3), dtype=torch.float32)
+    with pytest.raises(MemoryError, match='without memory'): Kernels.moments(x)
+
+@needs_kernels
+def test_float16_gradients_that_are_negated_but_not_yet_computed():
+    "PyTorch's own `copy_` of them to float32 is wrong"
+    x,dy = torch.randn(2,2,4,3,3).half()
+    norm = RunningBatchNorm2d(4)
+    y,saved = Kernels.forward(x, None, None, norm.state(), norm.step(x))
+    a,b = [Kernels.backward(o, x, None, None, saved.clone(), norm.window_grad.clone(), norm.step(x))
+        for o in (torch._neg_view(dy),-dy)]
+    for have,want in zip(a, b): assert torch.equal(have, want)
 
 @needs_kernels
 def test_how_is_chosen_anew_where_something_has_changed():
-    "Type of window, of activations, layout, a setting, a batch of other size"
+    "Type of window, of activations, backend, a setting; size and layout of a batch"
     norm,x = RunningBatchNorm2d(4),torch.randn(2,4,3,3)
     def path(x):
         norm(x)
@@ -664,13 +710,14 @@ def test_how_is_chosen_anew_where_something_has_changed():
     assert path(x)=='formulas'
     norm.backend = 'auto'
     assert path(x)=='cpu'
-    for change in (dict(window=7.), dict(running_grad=.5), dict(momentum=.1), dict(clamp=None), dict(eval_window=9)):
+    changes = dict(window=7., running_grad=.5, momentum=.1, clamp=None, eval_window=9)
+    for change in [{k:v} for k,v in changes.items()]:
         twin = copy.deepcopy(norm).requires_grad_(False)
         norm.set_settings(**change)
         twin.set_settings(**change)
         twin.backend = 'formulas'
-        for n in (2,3,2): # its own size, too
-            batch = torch.randn(n,4,3,3)
+        for n,form in ((2,'contiguous'),(2,'last'),(3,'last'),(2,'contiguous')):
+            batch = laid_out(torch.randn(n,4,3,3), form)
             torch.testing.assert_close(norm(batch), twin(batch))
         for a,b in zip(norm.buffers(), twin.buffers()): torch.testing.assert_close(a, b)
 

@@ -31,9 +31,9 @@ typedef struct {
     const void *x, *dy, *gamma, *beta;                       // (N,C,S) or (N,S,C); gamma, beta: or NULL
     void *y;                                                 // the result, or dx
     void *saved;                                             // (7,C), see below
-    void *dbeta, *dgamma;                                    // sums of dz and of dz times x-hat, (C,)
-    void *G;                                                 // how the statistics react, (2,C), or NULL
-    const void *weights;                                     // of each channel, (C,), or NULL: weight
+    void *dbeta, *dgamma;                                    // sums of dz and dz times x-hat, (C,)
+    void *G;                                                 // the statistics' reaction, (2,C), or NULL
+    const void *weights;                                     // a weight a channel, (C,), or NULL
     void *mean, *var, *count, *avg_mean, *avg_var, *steps;   // state, (C,) each
     i64 *batches, *seen, *skipped;
     const void *floors;                                      // (n_floors,)
@@ -66,7 +66,11 @@ INLINE i64 parts(i64 n, i64 each) { return (n + each - 1) / each; }
 // Each thread begins with a part of its own, so that what it has read before is in its cache; then
 // it helps the others. `next` is how far each part is.
 enum { MOST_THREADS = 64 };
-typedef struct { void (*body)(call *, i64); call *p; i64 n, threads, came, next[MOST_THREADS]; } job;
+typedef struct {
+    void (*body)(call *, i64);
+    call *p;
+    i64 n, threads, came, next[MOST_THREADS];
+} job;
 INLINE i64 take(i64 *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 static void work(void *job_) {
     job *j = job_;

@@ -87,7 +87,8 @@ _acts = {None:0, 'relu':1, 'silu':2}
 def plan(step, shape, dtype, last)->bytes:
     "The first part of `call` in cpu.c; a `KeptStep` has it made once"
     key = shape,dtype,last
-    if type(step) is KeptStep and step.key==key: return step.plan
+    made = getattr(step, 'plan', None) # read once: another thread may be here
+    if made is not None and made[0]==key: return made[1]
     auto,running = type(step.momentum) is AutoMomentum,float(step.running_grad)
     flags = (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
@@ -98,7 +99,7 @@ def plan(step, shape, dtype, last)->bytes:
     res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
         step.samples, flags, weight, step.average or 0., step.momentum or 0., step.eps, step.clip,
         step.clip_max, running)
-    if type(step) is KeptStep: step.key,step.plan = key,res
+    if type(step) is KeptStep: step.plan = key,res
     return res
 
 _nowhere = [0]*13
@@ -126,7 +127,6 @@ def call(
 
 _no_memory = 'running batch norm of {}: no memory for sums, or activations without memory'
 
-
 # %% ../../nbs/03_kernels.cpu.ipynb #79b1c4de
 def addresses(
     state:State,
@@ -145,7 +145,7 @@ def addresses(
 def written(tensors):
     "Tell autograd that these were written"
     try: increment_version(tensors)
-    except TypeError: # torch 2.4 takes one at a time
+    except (TypeError,RuntimeError): # older versions of torch take one at a time
         for t in tensors: increment_version(t)
 
 def merge(phases, step, x, last, tensors, state):
@@ -164,7 +164,7 @@ def merge(phases, step, x, last, tensors, state):
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
-    if step.update: written(state[:9])
+    if step.update: written(state[:9]) # all but floors and what the backward writes
 
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"
