@@ -62,7 +62,10 @@ _schemas = dict(
     reaction='(Tensor dy, Tensor x, Tensor saved, Tensor(running!) running, Tensor? scale, '
         f'{_step_schema}) -> (Tensor, Tensor)')
 
-def to_operator(step, like):
+def to_operator(
+    step:Step, # Numbers of a call
+    like:Tensor, # Of the state: its dtype and device are those of numbers that are tensors here
+)->tuple: # The last arguments of both operators
     "A `Step` as the operators take it"
     def tensor(o): return o if o is None or torch.is_tensor(o) else like.new_full((), o)
     auto,paid = type(step.momentum) is AutoMomentum,step.running_grad
