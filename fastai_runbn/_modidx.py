@@ -147,6 +147,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._pretrained': ( 'bench.quality.html#_pretrained',
                                                                                         'fastai_runbn/bench/quality.py'),
+                                            'fastai_runbn.bench.quality._quietly': ( 'bench.quality.html#_quietly',
+                                                                                     'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._resnet': ( 'bench.quality.html#_resnet',
                                                                                     'fastai_runbn/bench/quality.py'),
                                             'fastai_runbn.bench.quality._rows': ( 'bench.quality.html#_rows',

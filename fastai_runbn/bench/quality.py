@@ -7,8 +7,9 @@ __all__ = ['variants', 'contenders', 'regimes', 'Regime', 'make_learner', 'trial
            'score_table', 'rate_table', 'plot_sizes', 'plot_rates', 'plot_curves', 'plot_gap']
 
 # %% ../../nbs/12_bench.quality.ipynb #d012dc63
-import itertools,json,math,re,signal,time,warnings
+import itertools,json,math,re,signal,sys,time
 from concurrent.futures import ProcessPoolExecutor,as_completed
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache,partial
@@ -362,9 +363,20 @@ def best_rate(df):
 
 # %% ../../nbs/12_bench.quality.ipynb #84d63b62
 def _start_worker():
-    warnings.filterwarnings('ignore', message='.*torch.jit.script')
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that has started this one
     torch.set_num_threads(1)
+
+@contextmanager
+def _quietly():
+    "Processes started in here say nothing and hear no Ctrl-C as they import; for this one it waits"
+    quiet = 'ignore:`torch.jit.script`:FutureWarning' # torch's own, on every import of fastai
+    masks = hasattr(signal, 'pthread_sigmask')        # not on Windows
+    sys.warnoptions.append(quiet)
+    if masks: before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally:
+        sys.warnoptions.remove(quiet)
+        if masks: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def _rows(todo, jobs, **kwargs):
     "Rows of trials as they come, from `jobs` processes"
@@ -372,7 +384,8 @@ def _rows(todo, jobs, **kwargs):
     else:
         pool = ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker)
         try:
-            for future in as_completed([pool.submit(trial, **t, **kwargs) for t in todo]): yield future.result()
+            with _quietly(): futures = [pool.submit(trial, **t, **kwargs) for t in todo]
+            for future in as_completed(futures): yield future.result()
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/12_bench.quality.ipynb #86b17688
