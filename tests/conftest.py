@@ -1,6 +1,7 @@
 "What every test shares: the `--slow` option and a fixed seed"
 import os
 os.environ.setdefault('MPLBACKEND', 'agg') # figures are drawn, never shown
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # there are others
 import pytest,torch
 from datetime import timedelta
 from fastai.torch_core import default_device
