@@ -215,13 +215,14 @@ def merge(self:_Pack, old, sums, head, rules):
 
 @patch
 def unless_changed(self:_Pack, new):
-    "`new`, but for layers whose statistics others have written meanwhile: what follows from those"
-    changed = torch.stack([is_changed(l.state()) for l in self.layers])
-    if changed.is_cpu and not changed.any(): return new
-    for l,c in zip(self.layers, changed.unbind()): l.seed_window(c)
-    now,where = self.read(),self.expand(changed.to(new.mean.dtype))>0
+    "`new`, but what follows from statistics that others have written meanwhile, where they have"
+    changed = [is_changed(l.state()) for l in self.layers]
+    where,anywhere = torch.cat(changed),torch.stack([c.any() for c in changed])
+    if where.is_cpu and not where.any(): return new
+    for l,c in zip(self.layers, changed): l.seed_window(c)
+    now = self.read()
     per_channel = [torch.where(where, a, b) for a,b in zip(now[:7], new[:7])]
-    per_layer = [torch.where(changed, a, b) for a,b in zip(now[7:], new[7:])]
+    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[7:], new[7:])]
     return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb

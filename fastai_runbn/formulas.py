@@ -67,39 +67,45 @@ class Saved(NamedTuple):
 # %% ../nbs/02_formulas.ipynb #2a0c9145
 def changed(
     state:State, # Of a layer
-)->Tensor: # A boolean scalar
-    "Has somebody else written the statistics for evaluation since the layer did? NaN is like NaN"
-    pairs = (state.avg_mean,state.known_mean),(state.avg_var,state.known_var)
-    return torch.stack([((now!=known) & ((now==now)|(known==known))).any() for now,known in pairs]).any()
+)->Tensor: # Booleans `(C,)`
+    "Where has somebody else written statistics for evaluation since the layer did? NaN is like NaN"
+    def differ(now, known): return (now!=known) & ((now==now)|(known==known))
+    return differ(state.avg_mean, state.known_mean) | differ(state.avg_var, state.known_var)
 
 full_steps = 2.**24 # As many as float32 counts
+full_samples = 2**40 # After which there is no floor
 
 @torch.no_grad()
 def seed(
     state:State, # Updated in place
-    where:Tensor=True, # Only if this is true, a boolean scalar
-):
-    "Start the window from the statistics for evaluation: full if they were trained, empty if not"
+    where:Tensor=None, # In these channels, booleans `(C,)`; default: in all
+)->Tensor: # Samples that each channel has seen `(C,)`
+    "Start windows from the statistics for evaluation: full if those were trained, empty if not"
     s = state
-    trained = (s.batches>0) | (s.avg_mean!=0).any() | (s.avg_var!=1).any()
-    steps = torch.where(s.batches>0, s.batches, torch.where(trained, full_steps, 0.))+head_start
+    if where is None: where = torch.ones_like(s.mean, dtype=torch.bool)
+    trained = (s.batches>0) | (s.avg_mean!=0) | (s.avg_var!=1)
+    steps = torch.where(trained, full_steps, head_start)
+    steps = torch.where(s.batches>0, s.batches+head_start, steps)
+    seen = torch.where(where, torch.where(trained, full_samples, 0), s.seen)
     seeds = ((s.mean,s.avg_mean), (s.var,s.avg_var), (s.known_mean,s.avg_mean),
         (s.known_var,s.avg_var), (s.count,torch.where(trained, -1., 0.)), (s.steps,steps),
-        (s.seen,torch.where(trained, 2**40, 0)), (s.skipped,0), (s.grad.data,0.))
-    for old,new in seeds:
-        if where is not True: new = torch.where(where, new, old)
-        old.copy_(new) if torch.is_tensor(new) else old.fill_(new)
+        (s.grad.data,0.))
+    for old,new in seeds: old.copy_(torch.where(where, new, old))
+    anywhere,full = where.any(),(where&trained).any()
+    s.seen.copy_(torch.where(anywhere, full*full_samples, s.seen)) # of the layer
+    s.skipped.copy_(torch.where(anywhere, 0, s.skipped))
+    return seen
 
 # %% ../nbs/02_formulas.ipynb #f6aa82da
 def floor_of(
     floors:Tensor, # By samples seen, as in `State`
-    seen:Tensor, # Samples before the batch `(1,)`
+    seen:Tensor, # Samples before the batch, `(1,)` or `(C,)`
     step:Step, # Numbers of the call
-)->Tensor|None: # A scalar or `(C,)`; `None` where there is none
+)->Tensor|None: # `(1,)` or `(C,)`, or a scalar for one channel; `None` where there is none
     "Least variance to normalise a batch with"
     if not step.clamped: return None
     if step.inclusive: seen = seen+step.samples
-    return floors.index_select(0, seen.clamp(max=len(floors)-1))[0]
+    return floors.index_select(0, seen.clamp(max=len(floors)-1)).squeeze(0)
 
 def clip_factor(
     saved:Saved, # With a variance that is not below the floor
@@ -135,6 +141,7 @@ def merge(
     M:int|Tensor, # Values per channel in it
     state:State, # Updated in place
     step:Step, # Numbers of this call
+    seen:Tensor=None, # Samples that each channel has seen `(C,)`; default: those of `state`
 )->Tensor: # What to normalise with, a `Saved` as one tensor `(7,C)`
     "Merge a batch into window and average; channels that are not finite stay out, with share 0"
     s,own = state,step.average is not None or type(step.momentum) is not AutoMomentum
@@ -145,7 +152,7 @@ def merge(
     mean,var = torch.where(ok, mean, s.mean),torch.where(ok, var, s.var)
     avg_mean,avg_var,avg_ok = mean,var,ok
     if own: avg_mean,avg_var,avg_ok = _average(m, v, M, old_mean, old_var, share, s, step)
-    floor = floor_of(s.floors, s.seen, step)
+    floor = floor_of(s.floors, s.seen if seen is None else seen, step)
     if step.update:
         s.skipped.add_((ok&avg_ok).all().logical_not())
         s.batches.add_(1)
@@ -269,8 +276,8 @@ class Formulas:
     @classmethod
     def statistics(cls, x, state, step):
         "The first half of `forward`: merge the batch in; what to normalise with"
-        if state.known_mean is not None: seed(state, changed(state))
-        return merge(*cls.moments(x), x.numel()//x.shape[1], state, step)
+        seen = None if state.known_mean is None else seed(state, changed(state))
+        return merge(*cls.moments(x), x.numel()//x.shape[1], state, step, seen)
 
     @classmethod
     @torch.no_grad()

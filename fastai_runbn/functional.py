@@ -18,20 +18,34 @@ from torch.utils._pytree import tree_leaves
 from .moments import AutoMomentum,auto_momentum
 from .formulas import Formulas,State,Step
 from .kernels.cpu import Kernels
-from .kernels.cuda import SyncBatchNormParts
+from .kernels.aten import SyncBatchNormParts
 
 # %% ../nbs/04_functional.ipynb #bd519c6a
-backends = 'auto','formulas'
+backends = 'auto','formulas','triton'
 _no_dispatch = torch._C._disabled_torch_dispatch_impl # what tensors have that are no subclass
+
+@lru_cache(None)
+def triton_kernels():
+    "The Triton kernels, imported when they are first asked for; formulas where there is no Triton"
+    try: from .kernels.cuda import TritonKernels
+    except ImportError as e:
+        warnings.warn(_no_triton.format(e))
+        return Formulas
+    return TritonKernels
+
+_no_triton = ("backend='triton': there is none here, and running norms on CUDA are computed otherwise. "
+    "It comes with PyTorch 2.7 and later on Linux. ({})")
 
 def implementation(
     x:Tensor, # Activations
     state:State, # Of the layer
-    backend:str='auto', # 'formulas' for PyTorch's operators in any case
+    backend:str='auto', # 'formulas': PyTorch's operators in any case; 'triton': its kernels on CUDA
 ):
     "Who computes a running norm of `x`, where nobody traces it"
     if backend=='formulas' or type(x).__torch_dispatch__ is not _no_dispatch: return Formulas
-    return next(how for how in (Kernels,SyncBatchNormParts,Formulas) if how.fits(x, state))
+    first = Kernels
+    if backend=='triton' and not x.is_cpu: first = triton_kernels()
+    return next(how for how in (first,Kernels,SyncBatchNormParts,Formulas) if how.fits(x, state))
 
 def is_traced()->bool:
     "Is somebody recording operators?"
@@ -41,10 +55,11 @@ def is_traced()->bool:
 def choose(
     x:Tensor, # Activations
     state:State, # Of the layer
-    backend:str='auto', # 'formulas' for PyTorch's operators in any case
+    backend:str='auto', # As in `implementation`
 ):
     "How to compute a running norm of `x` here and now"
-    if is_traced() and (backend=='auto' or torch.compiler.is_compiling()): return Operators
+    if is_traced() and (backend!='formulas' or torch.compiler.is_compiling()):
+        return TritonOperators if backend=='triton' else Operators
     return implementation(x, state, backend)
 
 # %% ../nbs/04_functional.ipynb #2b35c37f
@@ -54,7 +69,7 @@ _no_recompute = ("A compiled running batch norm is being computed again in the b
 
 _step_schema = ('SymInt samples, Tensor step_weight, Tensor? average, float? momentum, bool auto, '
     'Tensor? running_grad, float eps, bool clamped, bool inclusive, bool update, float clip, '
-    'float clip_max')
+    'float clip_max, str backend')
 _state_schema = (', '.join(f'Tensor({n}!) {n}' for n in State._fields[:9])
     + ', Tensor floors, Tensor grad, Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var')
 _schemas = dict(
@@ -80,13 +95,16 @@ def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped,
         0. if paid is None else paid, eps, clamped, inclusive, update, None, clip, clip_max)
 
 def _statistics(x, *args):
+    *args,backend = args
     if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)
     state = State(*args[:13])
-    return implementation(x, state).statistics(x, state, _from_operator(*args[13:]))
+    how = implementation(x, state, backend)
+    return how.statistics(x, state, _from_operator(*args[13:]))
 
 def _reaction(dy, x, saved, running, scale, *step):
+    *step,backend = step
     state = State(*[running]*9, running[0], running)
-    how,step = implementation(x, state),_from_operator(*step)
+    how,step = implementation(x, state, backend),_from_operator(*step)
     return how.reaction(dy, x, None, None, saved, running, step, scale)
 
 def _statistics_meta(x, mean, *_): return mean.new_empty((7,x.shape[1]))
@@ -107,16 +125,21 @@ define_operators()
 
 class Operators(Formulas):
     "For who traces or compiles: one operator a pass writes state, the rest are formulas that fuse"
-    name = 'operators'
+    name,backend = 'operators','auto'
 
     @classmethod
     def statistics(cls, x, state, step):
-        return torch.ops.fastai_runbn.statistics(x, *state, *to_operator(step, state.mean))
+        step = to_operator(step, state.mean)
+        return torch.ops.fastai_runbn.statistics(x, *state, *step, cls.backend)
 
     @classmethod
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
         step = to_operator(step, saved)
-        return torch.ops.fastai_runbn.reaction(dy, x, saved, running, scale, *step)
+        return torch.ops.fastai_runbn.reaction(dy, x, saved, running, scale, *step, cls.backend)
+
+class TritonOperators(Operators):
+    "The same, with Triton's kernels on CUDA"
+    backend = 'triton'
 
 # %% ../nbs/04_functional.ipynb #ccd0527f
 class LossScale:

@@ -32,7 +32,7 @@ def runbn_settings(
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples; none from its end on
     clamp_inclusive:bool=False, # Count this batch's samples before looking up `clamp`?
     persistent_window:bool=False, # Save the window in the `state_dict` too?
-    backend:str='auto', # 'auto': by kernels, where there are some; 'formulas': never
+    backend:str='auto', # 'auto': by kernels, where there are some; 'formulas': never; 'triton': its on CUDA
 )->dict: # All settings, checked
     "All settings of a running norm, the defaults filled in; `ValueError` for one out of range"
     _check_window(window)
@@ -145,13 +145,13 @@ class WindowBuffers:
 
     @torch.no_grad()
     def seed_window(self,
-        where:Tensor=None, # Only if this is true, a boolean scalar; default: in any case
+        where:Tensor=None, # In these channels, booleans `(C,)`; default: in all
     ):
         "Start the window from `running_mean` and `running_var`: full if trained, else empty"
         if where is None:
             self.keeper.settle(drop=True)
             self.recent = RecentBatches()
-        seed(self.state(), True if where is None else where)
+        seed(self.state(), where)
 
     def set_floors(self):
         "Make `clamp_floor` of `clamp`: no buffer, for it can be made again at any time"
@@ -169,7 +169,7 @@ class WindowBuffers:
 
     @torch.no_grad()
     def refresh_window(self):
-        "Seed the window anew, at once, where others have written `running_mean` or `running_var`"
+        "Seed the window anew, at once, in channels of which others have written `running_mean` or `running_var`"
         if not self.window_fits(): self.make_window()
         else: seed(self.state(), changed(self.state()))
 

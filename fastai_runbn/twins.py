@@ -22,7 +22,8 @@ def act_inside(
 )->str: # 'relu' or 'silu'; `None`: the norm is to leave it to the layer's own
     "The activation that a norm computes itself, one map of activations less"
     if not layer.training or layer.running_mean is None: return None
-    if not x.is_cpu or is_traced() or type(layer.drop) is not nn.Identity: return None
+    fused = x.is_cpu or layer.backend=='triton' # by kernels; with operators it saves nothing
+    if not fused or is_traced() or type(layer.drop) is not nn.Identity: return None
     if is_hooked(layer.drop) or is_hooked(layer.act): return None
     return _inside.get(type(layer.act))
 

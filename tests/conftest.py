@@ -3,6 +3,7 @@ import os
 os.environ.setdefault('MPLBACKEND', 'agg') # figures are drawn, never shown
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # there are others
 import pytest,torch
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1' # kernels run in Python; see test_triton.py
 from datetime import timedelta
 from fastai.torch_core import default_device
 from hypothesis import settings as profile

@@ -11,163 +11,17 @@ from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
 from fastai_runbn.moments import auto_momentum
 from impls import backends,names,needs_kernels
+from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,coarse,gradients,halves,laid_out,narrow,
+    near,new_state,of_channels,same,statistics_dtype,tols)
 
 root = Path(cpu.__file__).resolve().parent
-T32,T64,B16,H16 = torch.float32,torch.float64,torch.bfloat16,torch.float16
-tols = {T64:1e-11, T32:3e-5, B16:3e-5, H16:3e-5} # of 1 and the largest value of a tensor
-halves = {T64:0., T32:0., B16:2.**-8, H16:2.**-10} # and of each value, in results that are rounded
 each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])
 each_dtype = pytest.mark.parametrize('dtype', list(tols), ids=str)
 each_type = pytest.mark.parametrize('dtype', [T64,T32,B16], ids=str) # of the kernels: no float16
 
-# ------------------------------------------------------------------------------ what they get
-def laid_out(x, layout):
-    "The values of `x` in another place in memory"
-    if layout=='last': return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout=='strided': return torch.stack((x, x+1), -1)[...,0]
-    if layout=='transposed': return x.transpose(0, -1).contiguous().transpose(0, -1)
-    return x.contiguous()
-
-def of_channels(t, x): return t.view(1, -1, *[1]*(x.ndim-2))
-def coarse(*size): return torch.randn(size).bfloat16().double() # the same in all dtypes
-
-def activations(shape, dtype, layout='contiguous'):
-    "With a mean and a scale of their own in each channel"
-    x = torch.randn(shape)
-    x = x*of_channels(torch.rand(shape[1])*2.7+.3, x)+of_channels(torch.randn(shape[1]), x)
-    return laid_out(x.to(dtype), layout)
-
-def gradients(x, layout='contiguous'):
-    return laid_out((torch.randn(x.shape)+.2).to(x.dtype), layout)
-
-def new_state(C, trained=0, floors=(), known=True, alike=False):
-    "In float64, of values that float32 has too; `alike`: the average is the window"
-    mean,var,z = coarse(C)*trained,torch.ones(C).double(),torch.zeros(C).double()
-    if trained: var = coarse(C).abs()+.5
-    avg = [mean.clone(),var.clone()] if alike else [mean+coarse(C)*trained,var+trained*.5]
-    counters = torch.tensor(7*trained),torch.tensor([2*trained]),torch.tensor(0)
-    kept = [t.clone() for t in avg] if known else [None,None]
-    return State(mean, var, z-trained, *avg, z+9+7*trained, *counters,
-                 torch.tensor((*floors,0.)).double(), coarse(2,C)*trained, *kept)
-
-def narrow(state, T):
-    "A copy in dtype `T`"
-    return State(*[t if t is None else t.to(T if t.is_floating_point() else t.dtype, copy=True)
-                   for t in state])
-
-def statistics_dtype(dtype): return torch.promote_types(dtype, T32)
-
-def near(have, want, tol, what, half=0.):
-    "Finite in the same places, and there as near as that"
-    assert have.shape==want.shape, what
-    have,want = have.double(),want.double()
-    good = want.isfinite()
-    assert torch.equal(have.isfinite(), good), f'{what}: other values are finite'
-    have,want = have[good],want[good]
-    if not len(want): return
-    off = (have-want).abs()-half*want.abs()
-    worst = (off.max()/(1+want.abs().max())).item()
-    assert worst<=tol, f'{what}: off by {worst:.1e} (bound {tol:.0e})'
-
-def same(have, want, what):
-    "To the bit; NaN is NaN"
-    if want is None: assert have is None, what
-    else: torch.testing.assert_close(have, want, rtol=0, atol=0, equal_nan=True,
-                                     msg=lambda m: f'{what}: {m}')
-
-def off_zero(dy, x, weight, bias, saved, step):
-    "`dy`, but 0 where ReLU's argument is so near to 0 that rounding says whether it is open"
-    if step.act!='relu': return dy
-    z = Formulas.normalize(x.double(), weight, bias, saved, step._replace(act=None))
-    return torch.where(z.abs()<1e-3, 0, dy)
-
-# ---------------------------------------------------------------------------------- lockstep
-class Pair:
-    "A state for the formulas, in float64, and one for the kernels; `step` is a batch through both"
-    def __init__(self, C, dtype, affine=True, **state):
-        self.exact,self.dtype,self.T = new_state(C, **state),dtype,statistics_dtype(dtype)
-        self.state,self.tol,self.half = narrow(self.exact, self.T),tols[dtype],halves[dtype]
-        self.affine = [coarse(C),coarse(C)] if affine else [None,None]
-        self.affine32 = [t if t is None else t.to(self.T) for t in self.affine]
-
-    def states(self, at):
-        for name,have,want in zip(State._fields, self.state, self.exact):
-            if want is not None: near(have, want, self.tol, f'{name}, {at}')
-
-    def others_write(self):
-        "As a checkpoint does that is loaded"
-        mean,var = coarse(len(self.exact.mean)),coarse(len(self.exact.mean)).abs()+.5
-        for s in (self.exact,self.state):
-            s.avg_mean.copy_(mean)
-            s.avg_var.copy_(var)
-
-    def step(self, x, step, layout='contiguous', backwards=1, need_dx=True, scale=None, at=''):
-        x64,kept = x.double(),x.clone()
-        y,saved = Kernels.forward(x, *self.affine32, self.state, step)
-        y64,saved64 = Formulas.forward(x64, *self.affine, self.exact, step)
-        assert y.dtype==x.dtype and saved.dtype==self.T
-        near(y, y64, self.tol, f'y, {at}', self.half)
-        near(saved, saved64, self.tol, f'saved, {at}')
-        self.states(at)
-        for i in range(backwards):
-            at_ = f'backward {i}, {at}'
-            dy = off_zero(gradients(x), x, *self.affine, saved64, step)
-            dy = laid_out(dy, layout)
-            dx,*sums = Kernels.backward(dy, x, *self.affine32, saved, self.state.grad, step,
-                                        scale, need_dx)
-            dx64,*sums64 = Formulas.backward(dy.double(), x64, *self.affine, saved64,
-                                             self.exact.grad, step, scale, need_dx)
-            assert (dx is None)==(dx64 is None)!=need_dx
-            if need_dx:
-                assert dx.dtype==x.dtype
-                near(dx, dx64, self.tol, f'dx, {at_}', self.half)
-            for n,have,want in zip(('dw','db'), sums, sums64):
-                near(have, want, self.tol, f'{n}, {at_}')
-            near(saved, saved64, self.tol, f'saved, {at_}')
-            self.states(at_)
-        same(x, kept, 'x')
-
-sizes = st.integers(1,9)
-small = st.tuples(sizes, st.lists(sizes, max_size=3))
-large = st.sampled_from([(129,[3]), (130,[5,4]), (300,[]), (512,[1,2]), (1,[70,70]), (3,[61,67]),
-    (5,[31,33,3]), (64,[16,16]), (67,[250]), (7,[4100]), (160,[13,11])])
-layouts = st.sampled_from(['contiguous','contiguous','last','last','transposed','strided'])
-weights = st.one_of(st.floats(.02,1), st.sampled_from([.3,1.,'scalar','channels']))
-shares = st.one_of(st.just(0.), st.just(.5), st.just(1.), st.just('tensor'))
-step_settings = st.fixed_dictionaries(dict(weight=weights, running_grad=shares,
-    average=st.one_of(st.none(), st.floats(.005,1)), eps=st.sampled_from([1e-3,1e-2]),
-    momentum=st.one_of(st.just(auto_momentum), st.none(), st.floats(.05,1)),
-    clamped=st.booleans(), inclusive=st.booleans(), update=st.sampled_from([True,True,True,False]),
-    act=st.sampled_from([None,'relu','silu']), clip=st.sampled_from([4.,4.,.5]),
-    clip_max=st.sampled_from([1.,1.,.3,2.])))
-states = st.fixed_dictionaries(dict(
-    trained=st.integers(0,1), known=st.sampled_from([True,True,False]),
-    floors=st.lists(st.sampled_from([0.,1e-3,.01,.5,4.,100.]), max_size=12)))
-batches = st.lists(st.fixed_dictionaries(dict(N=sizes, layout=layouts, dy=layouts,
-    bad=st.sampled_from([None,None,None,'nan','inf','-inf']), need_dx=st.booleans(),
-    others_write=st.sampled_from([False,False,False,True]), backwards=st.integers(0,2),
-    scale=st.sampled_from([None,8.,torch.tensor(.25)]))), min_size=1, max_size=4)
-
 @needs_kernels
-@given(shape=st.one_of(small, small, large), dtype=st.sampled_from(list(tols)),
-       affine=st.booleans(), settings=step_settings, state=states, batches=batches,
-       seed=st.integers(0,2**31-1))
-def test_every_call_is_the_formulas(shape, dtype, affine, settings, state, batches, seed):
-    torch.manual_seed(seed)
-    (C,space),settings = shape,dict(settings)
-    tensors = {'scalar':torch.tensor(.375), 'channels':torch.randint(1, 65, (C,)).double()/64,
-               'tensor':torch.tensor(.75)}
-    for k in ('weight','running_grad'):
-        if isinstance(settings[k], str): settings[k] = tensors[settings[k]]
-    alike = settings['average'] is None and settings['momentum'] is auto_momentum
-    pair = Pair(C, dtype, affine, alike=alike, **state)
-    for i,b in enumerate(batches):
-        x = activations((b['N'],C,*space), dtype)
-        if b['bad']:
-            for c in torch.randint(C, (2,)): x[-1,c].view(-1)[-1] = float(b['bad'])
-        if b['others_write'] and state['known']: pair.others_write()
-        pair.step(laid_out(x, b['layout']), Step(b['N'], **settings), b['dy'], b['backwards'],
-                  b['need_dx'], b['scale'], f'batch {i}')
+@given(**calls)
+def test_every_call_is_the_formulas(**kw): check_calls(Kernels, **kw)
 
 @needs_kernels
 @pytest.mark.parametrize('form,layout', [((8,9,9),'contiguous'),((8,37),'last')], ids=str)

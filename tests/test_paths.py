@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai.torch_core import TensorImage
 from fastai_runbn import layers
 from fastai_runbn.formulas import Formulas
-from fastai_runbn.kernels.cuda import SyncBatchNormParts
+from fastai_runbn.kernels.aten import SyncBatchNormParts
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 from fastai_runbn.kernels import cpu
 from fastai_runbn.surgery import surgery_report,to_runbn

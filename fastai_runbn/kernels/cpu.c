@@ -40,8 +40,8 @@ typedef struct {
     void *grad;                                              // running gradient (2,C)
     void *known_mean, *known_var;                            // or NULL: not kept
     // made here
-    i64 M, block, D, width, rows, chunks, together, past, left_out;
-    double floor;
+    i64 M, block, D, width, rows, chunks, together, past, left_out, written;
+    double floor, fresh_floor, full_floor;
     void *memory;
     double *part;
     void *coef, *lanes;
@@ -53,9 +53,11 @@ enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULA
        CLAMPED = 64, RUNNING = 128 };                                           // flags
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
-enum { HEAD_START = 9 };                                                        // of moments.py
-enum { CHANGED = 1, NO_MEMORY = 2 };                                            // what calls return
+enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // of formulas.py
+enum { DONE, NO_MEMORY };                                                       // what calls return
+enum { BY_OTHERS = 1, TRAINED = 2 };                                            // written
 
+#define FULL_SAMPLES ((i64)1 << 40)                                             // no floor any more
 #define CAT_(a, b, c) a##_##b##_##c
 #define CAT(a, b, c) CAT_(a, b, c)
 #define INLINE static inline __attribute__((always_inline))
@@ -280,13 +282,39 @@ INLINE F(affine) F(affine_of)(call *p, i64 c) {
 // From a to b by the share t: from the nearer end, as torch.lerp does it, so that a small one stays
 INLINE T F(between)(T a, T b, T t) { return t < .5f ? a + t * (b - a) : b - (1 - t) * (b - a); }
 
+INLINE int F(differ)(T now, T known) { return now != known && (now == now || known == known); }
+
+// Channels whose statistics others have written start from those (`seed` of formulas.py); floors
+// of all channels, into the row UNPAID of saved
+static void F(follow)(call *p, i64 c0, i64 c1) {
+    const i64 C = p->C, bytes = (c1 - c0) * sizeof(T);
+    const T *amean = p->avg_mean, *avar = p->avg_var, batches = *p->batches;
+    T *mean = p->mean, *var = p->var, *count = p->count, *steps = p->steps, *grad = p->grad;
+    T *kmean = p->known_mean, *kvar = p->known_var, *floor = (T *)p->saved + UNPAID * C;
+    for (i64 c = c0; c < c1; c++) floor[c] = p->floor;
+    if (!kmean || !(memcmp(amean + c0, kmean + c0, bytes) || memcmp(avar + c0, kvar + c0, bytes)))
+        return;
+    for (i64 c = c0; c < c1; c++) {
+        if (!F(differ)(amean[c], kmean[c]) && !F(differ)(avar[c], kvar[c])) continue;
+        const int trained = batches > 0 || amean[c] != 0 || avar[c] != 1;
+        kmean[c] = mean[c] = amean[c];
+        kvar[c] = var[c] = avar[c];
+        count[c] = trained ? -1 : 0;
+        steps[c] = batches > 0 ? HEAD_START + batches : trained ? FULL_STEPS : HEAD_START;
+        grad[c] = grad[C + c] = 0;
+        floor[c] = trained ? p->full_floor : p->fresh_floor;
+        __atomic_fetch_or(&p->written, BY_OTHERS | (trained ? TRAINED : 0), __ATOMIC_RELAXED);
+    }
+}
+
 // Merge the batch into window and average, for channels c0 to c1; saves what to normalise with
 static void F(merge)(call *p, i64 c0, i64 c1) {
+    F(follow)(p, c0, c1);
     const i64 C = p->C;
     const int update = p->flags & UPDATE, clipped = p->flags & CLIPPED, floored = p->flags & CLAMPED;
     const int own = p->flags & OWN_AVERAGE, set = p->flags & SET, cum = p->flags & CUMULATIVE;
     const int keep = update && p->known_mean;
-    const T M = p->M, eps = p->eps, floor = p->floor, average = p->average, momentum = p->momentum;
+    const T M = p->M, eps = p->eps, average = p->average, momentum = p->momentum;
     const T clip = p->clip, clip_max = p->clip_max, unbias = M > 1 ? M / (M - 1) : 1;
     const T batch = *p->batches + 1;
     const T *restrict weights = p->weights, weight = p->weight;
@@ -331,6 +359,7 @@ static void F(merge)(call *p, i64 c0, i64 c1) {
         steps[c] = update && ok2 ? t : steps[c];
         bad += !(ok && ok2);
         // the floor, and by what the batch is clipped
+        T floor = s_unpaid[c];
         int above = !floored || var1 >= floor;
         var1 = floored && !(var1 >= floor) ? floor : var1;
         d = m - mean1;
@@ -656,7 +685,8 @@ BODIES(cl_dx)
 static int F(begin)(call *p) {
     const i64 size = p->N * p->C * p->S, C = p->C;
     p->M = p->N * p->S;
-    p->left_out = 0;
+    p->left_out = p->written = 0;
+    p->floor = p->fresh_floor = p->full_floor = 0;
     const i64 row = (p->last ? C : p->S) * sizeof(X);
     p->past = size * sizeof(X) >= PAST && row % 64 == 0 && (uintptr_t)p->y % 64 == 0;
     if (size < 16384) p->threads = 1;
@@ -666,7 +696,7 @@ static int F(begin)(call *p) {
         p->block = (256 << 10) / (sizeof(X) * p->M * (p->dy ? 2 : 1));
         p->block = most(1, least(least(p->block, 64), each));
         if (needs_G && !(p->G = p->memory = malloc(2 * C * sizeof(T)))) return NO_MEMORY;
-        return 0;
+        return DONE;
     }
     p->D = C < 128 ? C * parts(128, C) : C;
     while (C < 128 && p->D % L && p->D < 8 * C) p->D += C;
@@ -684,7 +714,7 @@ static int F(begin)(call *p) {
     p->lanes = (T *)p->coef + 5 * p->width;
     p->part = (double *)((T *)p->lanes + lanes);
     if (needs_G) p->G = p->part + 2 * C * p->chunks;
-    return 0;
+    return DONE;
 }
 static void F(cl_mean_and_var)(call *p) {
     const i64 C = p->C, near = least(p->M, 16);
@@ -707,15 +737,15 @@ static void F(cl_mean_and_var)(call *p) {
     }
 }
 static int F(forward)(call *p) {
-    const i64 bytes = p->C * sizeof(T);
-    const int merge = p->phases & MERGE;
-    if (merge && p->known_mean && (memcmp(p->avg_mean, p->known_mean, bytes) ||
-                                   memcmp(p->avg_var, p->known_var, bytes))) return CHANGED;
+    const int merge = p->phases & MERGE, update = p->flags & UPDATE;
     p->dy = 0;
     if (F(begin)(p)) return NO_MEMORY;
     if (merge && p->flags & CLAMPED) {
-        i64 at = *p->seen + (p->flags & INCLUSIVE ? p->samples : 0);
-        p->floor = ((const T *)p->floors)[most(0, least(at, p->n_floors - 1))];
+        const T *floors = p->floors;
+        const i64 own = p->flags & INCLUSIVE ? p->samples : 0, last = p->n_floors - 1;
+        p->floor = floors[most(0, least(*p->seen + own, last))];
+        p->fresh_floor = floors[least(own, last)];
+        p->full_floor = floors[last];
     }
     if (!p->last) run(p, F(nc_forward__s)[p->act], parts(p->C, p->block));
     else {
@@ -723,17 +753,22 @@ static int F(forward)(call *p) {
         if (merge) F(merge)(p, 0, p->C);
         if (p->phases & NORMALISE) { F(cl_coef)(p, 0); run(p, F(cl_affine_s)[p->act], p->chunks); }
     }
-    if (merge && p->flags & UPDATE) {
+    if (!merge) return DONE;
+    if (p->written) {
+        *p->seen = p->written & TRAINED ? FULL_SAMPLES : 0;
+        *p->skipped = 0;
+    }
+    if (update) {
         *p->skipped += p->left_out;
         *p->batches += 1;
         *p->seen += p->samples;
     }
-    return 0;
+    return DONE;
 }
 static int F(backward)(call *p) {
     const i64 C = p->C;
     if (F(begin)(p)) return NO_MEMORY;
-    if (!p->last) { run(p, F(nc_backward__s)[p->act], parts(C, p->block)); return 0; }
+    if (!p->last) { run(p, F(nc_backward__s)[p->act], parts(C, p->block)); return DONE; }
     T *db = p->dbeta, *dw = p->dgamma, *rstd = (T *)p->coef + 3 * p->width;
     if (p->phases & SUMS) {
         F(cl_coef)(p, 0);
@@ -747,7 +782,7 @@ static int F(backward)(call *p) {
     }
     if (p->phases & REACT) F(react)(p, 0, C);
     if (p->phases & DX) { F(cl_coef)(p, 1); run(p, F(cl_dx_s)[p->act], p->chunks); }
-    return 0;
+    return DONE;
 }
 #undef F
 #undef L

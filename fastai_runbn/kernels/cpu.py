@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from ..moments import AutoMomentum
-from ..formulas import Formulas,KeptState,KeptStep,State,Step,seed
+from ..formulas import Formulas,KeptState,KeptStep,State,Step
 
 # %% ../../nbs/03_kernels.cpu.ipynb #30d45db8
 MOMENTS,MERGE,NORMALIZE,SUMS,REACT,DX = (1<<i for i in range(6))
 UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING = (1<<i for i in range(8))
-DONE,CHANGED,NO_MEMORY = range(3)
+NO_MEMORY = 1
 pack_plan = Struct('9q7d').pack  # the two parts of `call` in cpu.c
 pack_call = Struct('3qd24P').pack
 address = Tensor.data_ptr
@@ -84,21 +84,24 @@ def as_statistics(t, T):
 _types = {torch.float32:0, torch.float64:1, torch.bfloat16:2}
 _acts = {None:0, 'relu':1, 'silu':2}
 
+def flags_of(step)->int:
+    "What there is to do, by the settings"
+    auto,running = type(step.momentum) is AutoMomentum,step.running_grad
+    return (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
+        | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
+        | CUMULATIVE*(step.momentum is None)
+        | (CLIPPED|RUNNING)*(torch.is_tensor(running) or running>0))
+
 def plan(step, shape, dtype, last)->bytes:
     "The first part of `call` in cpu.c; a `KeptStep` has it made once"
     key = shape,dtype,last
     made = getattr(step, 'plan', None) # read once: another thread may be here
     if made is not None and made[0]==key: return made[1]
-    auto,running = type(step.momentum) is AutoMomentum,float(step.running_grad)
-    flags = (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
-        | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
-        | CUMULATIVE*(step.momentum is None)
-        | (CLIPPED|RUNNING)*(torch.is_tensor(step.running_grad) or running>0))
     weight,(N,C,*rest) = step.weight,shape
     if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
     res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
-        step.samples, flags, weight, step.average or 0., step.momentum or 0., step.eps, step.clip,
-        step.clip_max, running)
+        step.samples, flags_of(step), weight, step.average or 0., step.momentum or 0., step.eps, step.clip,
+        step.clip_max, float(step.running_grad))
     if type(step) is KeptStep: step.plan = key,res
     return res
 
@@ -115,7 +118,7 @@ def call(
     state:list=_nowhere, # Addresses of a `State`
     floors:int=0, # How many there are
     scale:float=1., # Loss scale
-)->int: # `DONE`, or `CHANGED`: others have written the statistics
+):
     "Call a kernel"
     weights = none
     if isinstance(step.weight, Tensor) and step.weight.numel()>1:
@@ -123,7 +126,6 @@ def call(
     res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, parallel,
         x.data_ptr(), *map(address, tensors), weights.data_ptr(), *state))
     if res==NO_MEMORY: raise MemoryError(_no_memory.format(tuple(x.shape)))
-    return res
 
 _no_memory = 'running batch norm of {}: no memory for sums, or activations without memory'
 
@@ -157,10 +159,7 @@ def merge(phases, step, x, last, tensors, state):
         changes = {k:as_statistics(t, T) for k,t in state._asdict().items() if narrow(t)}
         wide = State(*state)._replace(**changes)
         where = addresses(wide)
-    args = kernels.runbn_forward,phases,step,x,last,tensors,where,len(state.floors)
-    if call(*args)==CHANGED:
-        seed(wide)
-        call(*args)
+    call(kernels.runbn_forward, phases, step, x, last, tensors, where, len(state.floors))
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
