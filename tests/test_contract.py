@@ -768,3 +768,18 @@ def test_timms_layer_drops_what_it_is_told_to():
     assert layer(torch.randn(2,4,3,3)).abs().max()==0
     layer.drop = nn.Identity()
     assert layer(torch.randn(2,4,3,3)).max()>0
+
+@pytest.mark.parametrize('backend', backends)
+def test_the_window_follows_channel_by_channel(backend):
+    "Who writes the statistics of some channels has the windows of those start anew, and of no others"
+    layer,x = RunningBatchNorm2d(3, backend=backend),torch.randn(4,3,5,5)
+    for _ in range(8): layer(x)
+    untouched = deepcopy(layer)
+    layer.running_mean[1] += 7
+    layer.refresh_window()
+    assert layer.window_mean[1]==layer.running_mean[1] and layer.window_count[1]==-1 and (layer.window_grad[:,1]==0).all()
+    layer,written = deepcopy(untouched),untouched.running_mean[1]+7
+    layer.running_mean[1] = written
+    for o in (layer,untouched): o(x)
+    assert (layer.window_mean-untouched.window_mean).abs().tolist()[::2]==[0,0]
+    torch.testing.assert_close(layer.window_mean[1], written+4/60*(x[:,1].mean()-written))

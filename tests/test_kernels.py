@@ -3,16 +3,15 @@ layout of what comes in, threads, forks, instruction sets, and that they write w
 import copy,os,shutil,subprocess,sys,threading
 from pathlib import Path
 import pytest,torch
-from hypothesis import given,strategies as st
+from hypothesis import given
 from torch import nn
 from fastai_runbn.formulas import Formulas,KeptStep,State,Step
 from fastai_runbn.kernels import cpu
 from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
-from fastai_runbn.moments import auto_momentum
 from impls import backends,names,needs_kernels
-from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,coarse,gradients,halves,laid_out,narrow,
-    near,new_state,of_channels,same,statistics_dtype,tols)
+from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,gradients,halves,laid_out,narrow,
+    near,new_state,same,statistics_dtype,tols)
 
 root = Path(cpu.__file__).resolve().parent
 each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])

@@ -81,7 +81,7 @@ def test_mutations_are_of_the_code_as_it_is():
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     rows = (root/'tests'/'MUTATIONS.md').read_text()
-    for what,module,old,new,_ in tool.mutations+tool.in_c:
+    for what,module,old,new,_ in tool.mutations+tool.in_triton+tool.in_c:
         assert tool.source(package, module).read_text().count(old)==1, what
         assert tool._row(what, module, old, new, Counter()).removesuffix('**nothing**|') in rows, f'{what}: run `python tools/mutations.py {what!r}`'
 

@@ -13,6 +13,7 @@ quick = [f'tests/test_{o}.py' for o in ('equations','lockstep','properties','sta
 few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
 compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints or what_they_say']
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
+triton = ['tests/test_triton.py','-k','every_call or stays_out or is_last or large_mean or does_not_compile or parts_are and last']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
@@ -43,7 +44,7 @@ mutations = [
         'if ctx.call.state is None: grads = *_Once.apply(*tensors[:2], dy, *grads[:3]),*grads[3:]',
         'pass', few),
     ('tracers see no operator', 'functional',
-        "is_traced() and (backend=='auto' or torch.compiler.is_compiling())", 'False', quick),
+        "is_traced() and (backend!='formulas' or torch.compiler.is_compiling())", 'False', quick),
     ('a debt that was found on the device stays', 'layers',
         'for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)', 'pass', adds),
     ('the scale that a scaler tells not minded', 'functional',
@@ -154,7 +155,7 @@ mutations = [
         '.clamp(min=a).clamp(max=rho)', '.clamp(min=a)', formulas),
     ('the clamp counts the batch at hand', 'formulas', 'if step.inclusive: seen', 'if True: seen',
         formulas),
-    ('the scale of G on CUDA', 'kernels/cuda', 'G[1]/rstd', 'G[1]*rstd', formulas),
+    ('the scale of G on CUDA', 'kernels/aten', 'G[1]/rstd', 'G[1]*rstd', formulas),
     ('the floor looked up on the host', 'formulas',
         'floors.index_select(0, seen.clamp(max=len(floors)-1))[0]',
         'floors[min(int(seen), len(floors)-1)]', formulas),
@@ -184,8 +185,6 @@ mutations = [
         versions),
     ('a momentum that equals the default not told from it', 'layers', 'type(momentum), *settings)',
         '*settings)', versions),
-    ('kernel: the window not seeded from what others wrote', 'kernels/cpu', 'seed(wide)', 'pass',
-        contract),
     ('twins: torch.fx looks into the layer', 'twins',
         'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
     ('ranks: a held layer noted', 'distributed', 'if step.update:\n        m,v',
@@ -202,7 +201,7 @@ mutations = [
     ('contract: a held layer updates its statistics', 'layers', 'not self.is_held()', 'True',
         contract),
     ('contract: what others write is not seen', 'formulas',
-        'if state.known_mean is not None: seed(state, changed(state))', 'pass', formulas),
+        'None if state.known_mean is None else seed(state, changed(state))', 'None', formulas),
     ('contract: the layer takes what it wrote for written by others', 'formulas',
         's.known_mean.copy_(s.avg_mean)', 'pass', formulas),
     ("contract: a momentum that was set is not BatchNorm's", 'formulas',
@@ -218,6 +217,45 @@ mutations = [
         'own if scale is None else own/scale', 'own', formulas),
     ('contract: what is owed is not scaled', 'formulas',
         'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas)]
+
+# the same in Triton, in its interpreter
+in_triton = [
+    ("Triton: the batch's weight taken for its share", 'kernels/cuda', 'share = a*M/n', 'share = a+n*0.',
+        triton),
+    ('Triton: a second value where the first should be', 'kernels/cuda',
+        "tl.where((j==0)[:,None], means, 0.)", "tl.where((j==1)[:,None], means, 0.)", triton),
+    ('Triton: lanes that have had a turn less counted in full', 'kernels/cuda',
+        '(hi-lo-tl.arange(0, BLOCK)+BLOCK-1)//BLOCK', '(hi-lo+BLOCK-1)//BLOCK', triton),
+    ('Triton: no spread between lanes', 'kernels/cuda', 'tl.where(n>0., n*d*d, 0.)', '0.', triton),
+    ('Triton: no spread between chunks', 'kernels/cuda', 'squares+n*d*d', 'squares', triton),
+    ('Triton: the first to be done puts chunks together', 'kernels/cuda',
+        'last = tl.atomic_add(own, 1)==n-1', 'last = tl.atomic_add(own, 1)==0', triton),
+    ('Triton: the integers are not 0 again', 'kernels/cuda', 'if last: tl.store(own, 0)', 'last = last',
+        triton),
+    ('Triton: a channel that is not finite written', 'kernels/cuda', 'ok = new_var<INF', 'ok = new_var==new_var',
+        triton),
+    ('Triton: batches that were left out not counted', 'kernels/cuda',
+        'skipped += (tell & LEFT_OUT).to(tl.int64)', 'skipped += 0', triton),
+    ('Triton: the window not seeded from what others wrote', 'kernels/cuda',
+        'mean,var = tl.where(new, avg_mean, mean),tl.where(new, avg_var, var)', 'mean,var = mean,var', triton),
+    ('Triton: the running gradient not forgotten where others wrote', 'kernels/cuda',
+        'tl.store(grad+C+c, tl.zeros_like(mean), mask=new)', 'pass', triton),
+    ('Triton: samples seen not set where others wrote', 'kernels/cuda',
+        'seen = tl.where((tell & TRAINED)>0, FULL_SAMPLES, seen*0)', 'seen = seen', triton),
+    ('Triton: a debt paid twice', 'kernels/cuda', 'put(saved+6*C, c, C, tl.zeros_like(share))', 'pass',
+        triton),
+    ('Triton: the scale of the loss left in the running gradient', 'kernels/cuda', 'left2+G2/by', 'left2+G2',
+        triton),
+    ("Triton: SiLU's slope without its sigmoid's", 'kernels/cuda', 'dy = dy*s*(1.+z*(1.-s))', 'dy = dy*s',
+        triton),
+    ('Triton: the second launch left out', 'kernels/cuda',
+        'return cls.normalize(x, weight, bias, saved, step) if later else y', 'return y', triton),
+    ('Triton: a plan for other sizes', 'kernels/cuda', 'if made is not None and made[0]==key: return made[1]',
+        'if made is not None: return made[1]', triton),
+    ('Triton: a kernel that fails to compile is an error', 'kernels/cuda',
+        'except NotCompiled as e:\n', 'except NotImplementedError as e:\n', triton),
+    ('Triton: formulas compute, and the path says otherwise', 'kernels/cuda',
+        "cls.broken,cls.name = True,'formulas'", "cls.broken = True", triton)]
 
 # the same in C, for which the kernel is compiled anew
 in_c = [
@@ -288,6 +326,12 @@ in_c = [
         'memcmp(p->avg_mean, p->known_mean, bytes) ||', '', kernels),
     ('C: the layer takes what it wrote for written by others', 'kernels/cpu.c',
         'memcpy(kmean + c0, amean + c0, (c1 - c0) * sizeof(T));', '', kernels),
+    ('C: the window not seeded from what others wrote', 'kernels/cpu.c',
+        'kmean[c] = mean[c] = amean[c];', 'kmean[c] = amean[c];', kernels),
+    ('C: the floor of a channel that others wrote not its own', 'kernels/cpu.c',
+        'floor[c] = trained ? p->full_floor : p->fresh_floor;', '', kernels),
+    ('C: samples seen not set where others wrote', 'kernels/cpu.c',
+        '*p->seen = p->written & TRAINED ? FULL_SAMPLES : 0;', '', kernels),
     ("C: ReLU's slope is 1 everywhere", 'kernels/cpu.c',
         'if (act == RELU) return F(pick)(z <= 0, (V){}, dy);', 'if (act == RELU) return dy;',
         kernels),
@@ -336,10 +380,10 @@ def record(what, row):
     "Put the row of a mutation into the report, in the place that it has here"
     rows = {l.split('|')[1]:l for l in report.read_text().splitlines() if l.startswith('|')} if report.exists() else {}
     rows[what] = row
-    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_c if m[0] in rows])+'\n')
+    report.write_text('\n'.join(head+[rows[m[0]] for m in mutations+in_triton+in_c if m[0] in rows])+'\n')
 
 def main(*words):
-    chosen,missed = [m for m in mutations+in_c if not words or any(w in m[0] for w in words)],[]
+    chosen,missed = [m for m in mutations+in_triton+in_c if not words or any(w in m[0] for w in words)],[]
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         copy(d)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'MERGE', 'NORMALIZE', 'SUMS', 'REACT', 'DX', 'UPDATE', 'INCLUSIVE', 'CLIPPED', 'OWN_AVERAGE', 'SET',
-           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'DONE', 'CHANGED', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address',
-           'threads', 'kernels', 'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like',
-           'as_statistics', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
+           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address', 'threads', 'kernels',
+           'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like', 'as_statistics',
+           'flags_of', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
 
 # %% ../../nbs/03_kernels.cpu.ipynb #f6fc5f91
 import ctypes,math
@@ -118,7 +118,7 @@ def call(
     state:list=_nowhere, # Addresses of a `State`
     floors:int=0, # How many there are
     scale:float=1., # Loss scale
-):
+)->int: # What it returns
     "Call a kernel"
     weights = none
     if isinstance(step.weight, Tensor) and step.weight.numel()>1:
@@ -126,6 +126,7 @@ def call(
     res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, parallel,
         x.data_ptr(), *map(address, tensors), weights.data_ptr(), *state))
     if res==NO_MEMORY: raise MemoryError(_no_memory.format(tuple(x.shape)))
+    return res
 
 _no_memory = 'running batch norm of {}: no memory for sums, or activations without memory'
 
