@@ -12,6 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from fastai.basics import Callback,CancelStepException,CrossEntropyLossFlat,DataLoaders,Learner,SGD
 from fastai_runbn import all as public
 from fastai_runbn.all import FilterMeans,RunBNCallback,RunBNInterpretation,RunningBatchNorm1d,RunningBatchNorm2d,follow_scaler,set_batch_size,surgery_report,to_bn,to_runbn
+from impls import backends
 from fastai_runbn.moments import AutoMomentum
 
 def norm(): return RunningBatchNorm2d(3, dtype=torch.float64)
