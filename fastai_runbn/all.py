@@ -4,5 +4,6 @@ from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,R
 from fastai_runbn.surgery import from_lesson10,register_norm,surgery_report,to_bn,to_runbn
 from fastai_runbn.schedule import RunBNSchedule,WarmupClamp
 from fastai_runbn.distributed import sync_window
+from fastai_runbn.graph import GraphCallback,GraphedForward
 from fastai_runbn.callback import FilterMeans,RunBNCallback
 from fastai_runbn.interpret import RunBNInterpretation,RunBNRecorder

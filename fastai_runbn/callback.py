@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from .layers import RunningBatchNormMixin,default_window,follow_scaler,running_norms,runbn_settings,set_batch_size
 from .schedule import unschedule
+from .graph import GraphCallback
 from .distributed import in_parallel,sync_modes,sync_window,unwrapped,window_sync
 from . import surgery
 
@@ -136,13 +137,16 @@ class RunBNCallback(Callback):
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
         accumulation_window:bool=True, # With `GradientAccumulation(n_acc)`, a window of `3*n_acc` samples, if that is longer and no `window` is given?
         centre:bool|None=None, # Keep the means of the filters of convolutions? `None`: at zero in nets that start untrained (Yan et al., 2020), else where they are, and only with `running_grad`; `True`: at zero
+        graph:bool=False, # Forward and backward of the model in a CUDA graph? (`GraphCallback`)
         sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
         if accumulation_window not in (True,False): raise ValueError(f"accumulation_window={accumulation_window!r}: True or False was expected; a window of so many samples is `window`.")
         if centre not in (None,True,False): raise ValueError(f"centre={centre!r}: True, False or None was expected.")
+        if graph not in (True,False): raise ValueError(f"graph={graph!r}: True or False was expected.")
         if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
+        self.graph,self._graph = graph,None
         self.choice,self.settings,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,sync
         self.accumulation_window,self.centre,self.means = accumulation_window,False if centre is None and kwargs.get('running_grad')==0 else centre,None
         self._looked,self._window,self._sync,self._bs = False,default_window,None,None
@@ -164,6 +168,10 @@ class RunBNCallback(Callback):
             self._looked = True
         self.means = None # not chosen yet
         self.keep_norms()
+        if self.graph and not any(isinstance(cb, GraphCallback) for cb in self.learn.cbs):
+            self._graph = GraphCallback()
+            self.learn.add_cb(self._graph)
+            self._graph.before_fit() # which has begun
 
     def keep_means(self):
         "Choose the filters that keep their means, where the model is as it will train: on its device, wrapped, of one mind on all ranks"
@@ -215,6 +223,8 @@ def after_fit(self:RunBNCallback):
     set_batch_size(self.learn.model, None)
     for m in running_norms(self.learn.model): m.loss_scale,m.scaler_tells = None,False # nobody has said anything any more
     self._bs = self._sync = None
+    if self._graph: self.learn.remove_cb(self._graph)
+    self._graph = None
 
 # %% ../nbs/10_callback.ipynb #876bd008
 @patch
