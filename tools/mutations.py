@@ -222,8 +222,6 @@ mutations = [
 in_triton = [
     ("Triton: the batch's weight taken for its share", 'kernels/cuda', 'share = a*M/n', 'share = a+n*0.',
         triton),
-    ('Triton: a second value where the first should be', 'kernels/cuda',
-        "tl.where((j==0)[:,None], means, 0.)", "tl.where((j==1)[:,None], means, 0.)", triton),
     ('Triton: lanes that have had a turn less counted in full', 'kernels/cuda',
         '(hi-lo-tl.arange(0, BLOCK)+BLOCK-1)//BLOCK', '(hi-lo+BLOCK-1)//BLOCK', triton),
     ('Triton: no spread between lanes', 'kernels/cuda', 'tl.where(n>0., n*d*d, 0.)', '0.', triton),
