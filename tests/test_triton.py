@@ -135,7 +135,7 @@ def test_one_launch_a_pass_or_two_and_nothing_else(layout, plan, each):
         with planned(plan):
             batch(state, step) # the integers are made
             with launches() as names, Operators() as ops: batch(state, step)
-        assert names==(['forward','backward'] if each==1 else ['forward','normalize','backward','input_gradient'])
+        assert names==(['runbn_forward','runbn_backward'] if each==1 else ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient'])
         assert {*ops.names}<={'empty','empty_like','new_empty','select','slice','detach','alias'}, ops.names
 
 # -------------------------------------------------------------------------------- as layers
@@ -194,7 +194,7 @@ def test_timms_activation_is_inside():
     exact = copy.deepcopy(layer).double()
     layer.backend,exact.backend = 'triton','formulas'
     with on_the_cpu(), launches() as names: got = trained(layer, x)
-    assert names==['forward','backward']*3
+    assert names==['runbn_forward','runbn_backward']*3
     for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
 
 def test_torch_compile():
@@ -203,15 +203,15 @@ def test_torch_compile():
     layer = RunningBatchNorm2d(4, backend='triton')
     exact = RunningBatchNorm2d(4, backend='formulas', dtype=torch.float64)
     with on_the_cpu(), launches() as names: got = trained(torch.compile(layer, backend='aot_eager', fullgraph=True), x)
-    assert names==['forward','backward']*3
+    assert names==['runbn_forward','runbn_backward']*3
     for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
 
 # ------------------------------------------------------------------- where they cannot be had
 @pytest.mark.parametrize('plan', ['as planned','split'])
-@pytest.mark.parametrize('fails', ['forward','normalize','backward','input_gradient'])
+@pytest.mark.parametrize('fails', ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient'])
 def test_a_kernel_that_does_not_compile(fails, plan, monkeypatch):
     "One warning, then formulas; nothing is counted twice"
-    if plan=='as planned' and fails in ('normalize','input_gradient'): pytest.skip('not launched')
+    if plan=='as planned' and fails in ('runbn_normalize','runbn_input_gradient'): pytest.skip('not launched')
     monkeypatch.setattr(TritonKernels, 'broken', False); monkeypatch.setattr(TritonKernels, 'name', 'triton')
     first = cuda.Plan.first_launch
     def broken(self, kernel, *args):

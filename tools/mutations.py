@@ -240,7 +240,7 @@ in_triton = [
         'tl.store(grad+C+c, tl.zeros_like(mean), mask=new)', 'pass', triton),
     ('Triton: samples seen not set where others wrote', 'kernels/cuda',
         'seen = tl.where((tell & TRAINED)>0, FULL_SAMPLES, seen*0)', 'seen = seen', triton),
-    ('Triton: a debt paid twice', 'kernels/cuda', 'put(saved+6*C, c, C, tl.zeros_like(share))', 'pass',
+    ('Triton: a debt paid twice', 'kernels/cuda', '_put(saved+6*C, c, C, tl.zeros_like(share))', 'pass',
         triton),
     ('Triton: the scale of the loss left in the running gradient', 'kernels/cuda', 'left2+G2/by', 'left2+G2',
         triton),
