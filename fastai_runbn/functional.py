@@ -81,6 +81,7 @@ _schemas = dict(
 def to_operator(
     step:Step, # Numbers of a call
     like:Tensor, # Of the state: its dtype and device are those of numbers that are tensors here
+    backend:str='auto', # Of the layer
 )->tuple: # The last arguments of both operators
     "A `Step` as the operators take it"
     def tensor(o): return o if o is None or torch.is_tensor(o) else like.new_full((), o)
@@ -88,7 +89,7 @@ def to_operator(
     momentum = None if auto or step.momentum is None else float(step.momentum)
     if not torch.is_tensor(paid) and paid==0: paid = None
     return (step.samples, tensor(step.weight), tensor(step.average), momentum, auto, tensor(paid),
-        step.eps, step.clamped, step.inclusive, step.update, step.clip, step.clip_max)
+        step.eps, step.clamped, step.inclusive, step.update, step.clip, step.clip_max, backend)
 
 def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped, inclusive, update,
                    clip, clip_max):
@@ -130,13 +131,13 @@ class Operators(Formulas):
 
     @classmethod
     def statistics(cls, x, state, step):
-        step = to_operator(step, state.mean)
-        return torch.ops.fastai_runbn.statistics(x, *state, *step, cls.backend)
+        step = to_operator(step, state.mean, cls.backend)
+        return torch.ops.fastai_runbn.statistics(x, *state, *step)
 
     @classmethod
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
-        step = to_operator(step, saved)
-        return torch.ops.fastai_runbn.reaction(dy, x, saved, running, scale, *step, cls.backend)
+        step = to_operator(step, saved, cls.backend)
+        return torch.ops.fastai_runbn.reaction(dy, x, saved, running, scale, *step)
 
 class TritonOperators(Operators):
     "The same, with Triton's kernels on CUDA"

@@ -128,7 +128,7 @@ class GraphCallback(Callback):
 
     def fits(self)->bool:
         "Is the model on a GPU?"
-        return next(self.model.parameters()).is_cuda
+        return any(p.is_cuda for p in self.model.parameters())
 
     def before_train(self):
         "The model's forward is the graph's"

@@ -1,9 +1,10 @@
 "Compiled training is eager training: outputs, gradients and every buffer, float64, while the batch size changes; evaluation can be exported and traced"
-import shutil
+import re,shutil
 from copy import deepcopy
 import pytest,torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 from fastai_runbn.functional import implementation,to_operator
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNorm3d
@@ -104,3 +105,15 @@ def test_operators_are_what_they_say(train):
         changed = {n for n,a,b in pairs if not torch.equal(a, b)}
         assert changed-{'saved'}<=said, (op, changed-said)
         if train: assert said-changed<={'skipped'}, (op, said-changed)
+
+@needs_compiler
+def test_what_inductor_makes_of_it():
+    "One operator a pass for a layer, fused kernels between, and no state is copied"
+    net = nn.Sequential(*[m for _ in range(2) for m in (nn.Conv2d(3,3,3,bias=False), RunningBatchNorm2d(3), nn.ReLU())])
+    x,compiled = torch.randn(2,3,16,16),torch.compile(net, fullgraph=True)
+    _,codes = run_and_get_code(lambda: compiled(x).sum().backward())
+    calls = [c[c.index('def call('):] for c in codes if 'def call(' in c]
+    forward,backward = [c for c in calls if 'fastai_runbn.statistics.default(' in c],[c for c in calls if 'fastai_runbn.reaction.default(' in c]
+    assert len(forward)==len(backward)==1
+    assert [len(re.findall(f'fastai_runbn.{n}.default\\(', c)) for n,c in (('statistics',forward[0]),('reaction',backward[0]))]==[2,2]
+    for c in calls: assert not re.search(r'clone|copy_\(|auto_functionalized|empty_strided\w*\(\(7, ', c), c

@@ -88,6 +88,23 @@ def test_which_way_is_taken(what, path):
     y = layer(x)
     assert layer.path==path and type(y) is type(x) and y.dtype==x.dtype and y.shape==x.shape
 
+@pytest.mark.parametrize('act', ['relu','silu'])
+def test_an_activation_inside_of_the_kernels_of_cuda(act, cuda_kernels):
+    "Which they do not know: formulas compute it"
+    a,b = [RunningBatchNorm2d(5, dtype=torch.float64, backend=o) for o in ('formulas','auto')]
+    for _ in range(4):
+        x,dy = torch.randn(2,5,6,4).double(),torch.randn(2,5,6,4).double()
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        ys = [l.normalized(o, act) for l,o in zip((a,b), xs)]
+        for y in ys: y.backward(dy)
+        same([ys[0],xs[0].grad,*a.buffers()], [ys[1],xs[1].grad,*b.buffers()])
+
+def test_triton_is_for_cuda():
+    "The same settings train on a CPU, too"
+    layer = RunningBatchNorm2d(3, backend='triton')
+    layer(torch.randn(2,3,4,4)).sum().backward()
+    assert layer.path==names['auto']
+
 def test_a_setting_of_the_callback_and_of_surgery():
     net = to_runbn(nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4)), backend='formulas')
     net(torch.randn(2,3,8,8))
