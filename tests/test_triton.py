@@ -138,6 +138,33 @@ def test_one_launch_a_pass_or_two_and_nothing_else(layout, plan, each):
         assert names==(['runbn_forward','runbn_backward'] if each==1 else ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient'])
         assert {*ops.names}<={'empty','empty_like','new_empty','select','slice','detach','alias'}, ops.names
 
+@each_layout
+def test_a_kernel_is_compiled_for_each_kind_of_call(layout, monkeypatch):
+    "Of what it was specialised for: which tensors are there, their dtypes, and where each begins"
+    compiled = []
+    def first_launch(self, kernel, args, constants):
+        compiled.append(kernel.__name__)
+        return (lambda *args: None),None,None
+    monkeypatch.setattr(cuda.Plan, 'first_launch', first_launch)
+    monkeypatch.setattr(cuda, 'current_stream', lambda index: 0)
+    def begins(t, at):
+        "The same tensor, `at` values after an address that is a multiple of 16"
+        return torch.zeros(t.numel()+8)[at:at+t.numel()].as_strided(t.shape, t.stride()) if at is not None else t
+    x,w = laid_out(torch.zeros(2,4,5,3), layout),torch.ones(4)
+    saved,state,step = torch.zeros(7,4),narrow(new_state(4), T32),Step(2, .3, .1, running_grad=1.)
+    with planned('as planned'):
+        for times in range(2):
+            for a in (0,1):
+                for b in (0,1): TritonKernels.backward(begins(x, b), begins(x, a), w, w, saved, state.grad, step)
+        assert compiled==['runbn_backward']*4
+        for times in range(2):
+            for weight in (None,w,w.bfloat16()):
+                for a in (0,1): TritonKernels.forward(begins(x, a), weight, None, state, step)
+        assert compiled[4:]==['runbn_forward']*6
+        for share in (.5,torch.tensor(.5),torch.tensor(.5, dtype=torch.float64)):
+            for times in range(2): TritonKernels.forward(x, w, None, state, step._replace(weight=share))
+        assert len(compiled)==12 # a number is there already
+
 # -------------------------------------------------------------------------------- as layers
 def trained(layer, x, steps=3):
     "Outputs, gradients and state of some steps"

@@ -541,7 +541,7 @@ def plan_for(step, x, last):
     return res
 
 def _kind(t): return t.dtype if torch.is_tensor(t) else type(t)
-def _aligned(*tensors): return all(t.data_ptr()%16==0 for t in tensors)
+def _aligned(*tensors): return tuple(t.data_ptr()%16==0 for t in tensors)
 def _dense(t): return t if t is None or t.is_contiguous() else t.contiguous()
 
 def _as_read(x):
