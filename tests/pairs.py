@@ -159,3 +159,23 @@ def check_calls(kernels, shape, dtype, affine, settings, state, batches, seed):
         if b['others_write'] and state['known']: pair.others_write(b['others_write']=='some')
         pair.step(laid_out(x, b['layout']), Step(b['N'], **settings), b['dy'], b['backwards'],
                   b['need_dx'], b['scale'], f'batch {i}')
+
+def check_what_others_write(kernels, layout):
+    "All statistics, then those of some channels, while there is a floor above them; the loss scaled"
+    for seed in range(4):
+        torch.manual_seed(seed)
+        pair = Pair(5, T32, kernels=kernels, floors=[4.]*30)
+        for i in range(4):
+            if i: pair.others_write(some=i>1)
+            step = Step(2, .3, .1, running_grad=1., eps=1e-3)
+            pair.step(activations((2,5,4,3), T32, layout), step, layout, 2, scale=8., at=f'seed {seed}, step {i}')
+
+def check_overflow(kernels):
+    "A variance that is infinite in float32 stays out, as a value that is"
+    state = narrow(new_state(3, trained=1), T32)
+    before = State(*[t.clone() for t in state])
+    x = activations((2,3,4,4), T32)
+    x[0,1] = 1e30
+    kernels.forward(x, None, None, state, Step(2, .3, .1, running_grad=1.))
+    for have,was in zip(state[:6], before): assert have.isfinite().all() and have[1]==was[1] and have[0]!=was[0]
+    assert state.skipped==1

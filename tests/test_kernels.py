@@ -10,7 +10,8 @@ from fastai_runbn.kernels import cpu
 from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
 from impls import backends,names,needs_kernels
-from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,gradients,halves,laid_out,narrow,
+from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,
+    check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,
     near,new_state,same,statistics_dtype,tols)
 
 root = Path(cpu.__file__).resolve().parent
@@ -31,6 +32,13 @@ def test_300_steps(dtype, layout, form):
     for i,bs in enumerate(torch.randint(1, 9, (300,)).tolist()):
         step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3)
         pair.step(activations((bs,*form), dtype, layout), step, layout, at=f'step {i}')
+
+@needs_kernels
+@each_layout
+def test_what_others_write(layout): check_what_others_write(Kernels, layout)
+
+@needs_kernels
+def test_a_variance_that_overflows(): check_overflow(Kernels)
 
 @pytest.fixture(params=[0,1,2], ids=['base','avx2','avx512'])
 def instruction_set(request, monkeypatch):

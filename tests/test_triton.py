@@ -15,7 +15,7 @@ from fastai_runbn.kernels.cuda import TritonKernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.twins import RunningBatchNormAct2d
 from interpreter import last_first,launches,on_the_cpu,planned,plans
-from pairs import B16,H16,T32,Pair,activations,calls,check_calls,gradients,halves,laid_out,narrow,near,new_state,same,small
+from pairs import B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,same,small
 
 halves[B16] = 2.**-7 # the interpreter does not round, it cuts off
 each_plan = pytest.mark.parametrize('plan', plans)
@@ -59,6 +59,15 @@ def test_what_is_not_finite_stays_out(value, where, plan):
             if i==1: x[0,1].view(-1)[where] = float(value)
             pair.step(x, Step(2, .3, .1, running_grad=1.), backwards=2, at=f'step {i}')
     assert pair.state.skipped==1
+
+@each_layout
+@pytest.mark.parametrize('plan', ['as planned','split'])
+def test_what_others_write(layout, plan):
+    with planned(plan): check_what_others_write(TritonKernels, layout)
+
+@pytest.mark.parametrize('plan', ['as planned','split'])
+def test_a_variance_that_overflows(plan):
+    with planned(plan): check_overflow(TritonKernels)
 
 @each_layout
 @pytest.mark.parametrize('plan', plans)

@@ -14,6 +14,8 @@ few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
 compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints or what_they_say']
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
 triton = ['tests/test_triton.py','-x','-k','stays_out or is_last or large_mean or does_not_compile or parts_are or 30_steps and last']
+others = ['tests/test_triton.py','-n0','-k','(others_write or overflows) and not split']
+others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
@@ -231,14 +233,14 @@ in_triton = [
     ('Triton: the integers are not 0 again', 'kernels/cuda', 'if last: tl.store(own, 0)',
         'last = last', triton),
     ('Triton: a channel that is not finite written', 'kernels/cuda', 'ok = new_var<INF',
-        'ok = new_var==new_var', triton),
+        'ok = new_var==new_var', others),
     ('Triton: the window not seeded from what others wrote', 'kernels/cuda',
         'mean,var = tl.where(new, avg_mean, mean),tl.where(new, avg_var, var)',
-        'mean,var = mean,var', triton),
+        'mean,var = mean,var', others),
     ('Triton: a debt paid twice', 'kernels/cuda', '_put(saved+6*C, c, C, tl.zeros_like(share))',
         'pass', triton),
     ('Triton: the scale of the loss left in the running gradient', 'kernels/cuda', 'left2+G2/by',
-        'left2+G2', triton),
+        'left2+G2', others),
     ('Triton: the second launch left out', 'kernels/cuda',
         'return cls.normalize(x, weight, bias, saved, step) if later else y', 'return y', triton),
     ('Triton: a kernel that fails to compile is an error', 'kernels/cuda',
@@ -317,7 +319,7 @@ in_c = [
     ('C: the window not seeded from what others wrote', 'kernels/cpu.c',
         'kmean[c] = mean[c] = amean[c];', 'kmean[c] = amean[c];', kernels),
     ('C: the floor of a channel that others wrote not its own', 'kernels/cpu.c',
-        'floor[c] = trained ? p->full_floor : p->fresh_floor;', '', kernels),
+        'floor[c] = trained ? p->full_floor : p->fresh_floor;', '', others_in_c),
     ('C: samples seen not set where others wrote', 'kernels/cpu.c',
         '*p->seen = p->written & TRAINED ? FULL_SAMPLES : 0;', '', kernels),
     ("C: ReLU's slope is 1 everywhere", 'kernels/cpu.c',
