@@ -144,7 +144,8 @@ class RunBNCallback(Callback):
         runbn_settings(**kwargs)
         if accumulation_window not in (True,False): raise ValueError(f"accumulation_window={accumulation_window!r}: True or False was expected; a window of so many samples is `window`.")
         if centre not in (None,True,False): raise ValueError(f"centre={centre!r}: True, False or None was expected.")
-        if graph not in (True,False): raise ValueError(f"graph={graph!r}: True or False was expected.")
+        if graph not in (True,False):
+            raise ValueError(f"graph={graph!r}: True or False was expected.")
         if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
         self.graph,self._graph = graph,None
         self.choice,self.settings,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,sync

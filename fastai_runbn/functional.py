@@ -34,8 +34,8 @@ def triton_kernels():
         return Formulas
     return TritonKernels
 
-_no_triton = ("backend='triton': there is none here, and running norms on CUDA are computed otherwise. "
-    "It comes with PyTorch 2.7 and later on Linux. ({})")
+_no_triton = ("backend='triton': there is none here, and running norms on CUDA are computed "
+    "otherwise. It comes with PyTorch 2.7 and later on Linux. ({})")
 
 def implementation(
     x:Tensor, # Activations

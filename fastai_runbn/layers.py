@@ -32,7 +32,7 @@ def runbn_settings(
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples; none from its end on
     clamp_inclusive:bool=False, # Count this batch's samples before looking up `clamp`?
     persistent_window:bool=False, # Save the window in the `state_dict` too?
-    backend:str='auto', # 'auto': by kernels, where there are some; 'formulas': never; 'triton': its on CUDA
+    backend:str='auto', # 'auto': kernels, where there are some; 'formulas': none; 'triton': on CUDA its
 )->dict: # All settings, checked
     "All settings of a running norm, the defaults filled in; `ValueError` for one out of range"
     _check_window(window)
@@ -169,7 +169,7 @@ class WindowBuffers:
 
     @torch.no_grad()
     def refresh_window(self):
-        "Seed the window anew, at once, in channels of which others have written `running_mean` or `running_var`"
+        "Seed the window anew, at once, in channels whose running statistics others have written"
         if not self.window_fits(): self.make_window()
         else: seed(self.state(), changed(self.state()))
 

@@ -1,5 +1,6 @@
-"""What Triton's compiler makes of the kernels for GPUs that are not here: run as a program, it compiles all that a
-forward and a backward of some calls would launch, and prints a line of JSON for each kernel and architecture"""
+"""What Triton's compiler makes of the kernels for GPUs that are not here. Run as a program, it compiles
+all that a forward and a backward of some calls would launch, and prints a line of JSON for each
+kernel and architecture"""
 import json,os,re,subprocess,sys,tempfile
 from pathlib import Path
 if __name__=='__main__': os.environ.pop('TRITON_INTERPRET', None)
@@ -11,7 +12,8 @@ from fastai_runbn.kernels import cuda
 from fastai_runbn.kernels.cuda import TritonKernels
 from pairs import laid_out,narrow,new_state
 
-names = {torch.float32:'fp32', torch.float16:'fp16', torch.bfloat16:'bf16', torch.int64:'i64', torch.int32:'i32'}
+names = {torch.float32:'fp32', torch.float16:'fp16', torch.bfloat16:'bf16', torch.int64:'i64',
+    torch.int32:'i32'}
 ptxas = Path(triton.__file__).parent/'backends/nvidia/bin/ptxas'
 
 def source(kernel, args):
@@ -20,7 +22,8 @@ def source(kernel, args):
     for i,(p,v) in enumerate(zip(kernel.params, args, strict=True)):
         whole = isinstance(v, int) and not isinstance(v, bool) and not p.is_constexpr
         free = whole and not p.do_not_specialize
-        if p.is_constexpr or v is None or free and v==1: types[p.name],constants[(i,)] = 'constexpr',v
+        if p.is_constexpr or v is None or free and v==1:
+            types[p.name],constants[(i,)] = 'constexpr',v
         elif torch.is_tensor(v): types[p.name] = '*'+names[v.dtype]
         else: types[p.name] = 'i32' if whole else 'fp32'
         aligned = torch.is_tensor(v) and not p.do_not_specialize_on_alignment
@@ -29,24 +32,32 @@ def source(kernel, args):
 
 def look(kernel, args, warps, arch):
     "Registers a thread, bytes spilt and shared, instructions of interest"
-    built = triton.compile(source(kernel, args), target=GPUTarget('cuda', arch, 32), options=dict(num_warps=warps))
+    target,options = GPUTarget('cuda', arch, 32),dict(num_warps=warps)
+    built = triton.compile(source(kernel, args), target=target, options=options)
     ptx = built.asm['ptx']
     with tempfile.TemporaryDirectory() as d:
         Path(d,'k.ptx').write_text(ptx)
-        arch_ = re.search(r'\.target (\S+?)[,\s]', ptx)[1]
-        said = subprocess.run([ptxas,'-v',f'--gpu-name={arch_}',f'{d}/k.ptx','-o',f'{d}/k.cubin'], capture_output=True, text=True, check=True).stderr
+        name = re.search(r'\.target (\S+?)[,\s]', ptx)[1]
+        command = [ptxas,'-v',f'--gpu-name={name}',f'{d}/k.ptx','-o',f'{d}/k.cubin']
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     def number(pattern): return int((re.search(pattern, said) or [0,0])[1])
-    return dict(kernel=kernel.__name__, arch=arch, warps=warps, registers=number(r'Used (\d+) registers'), spilt=number(r'(\d+) bytes spill stores'),
-                shared=built.metadata.shared, float_atomics=len(re.findall(r'(?:atom|red)\.\S*\.f(?:16|32|64)', ptx)),
-                wide_loads=len(re.findall(r'ld\.global\.\S*v4\.b32|ld\.global\.\S*v2\.b64', ptx)))
+    def count(pattern): return len(re.findall(pattern, ptx))
+    return dict(kernel=kernel.__name__, arch=arch, warps=warps,
+        registers=number(r'Used (\d+) registers'), spilt=number(r'(\d+) bytes spill stores'),
+        shared=built.metadata.shared, float_atomics=count(r'(?:atom|red)\.\S*\.f(?:16|32|64)'),
+        wide_loads=count(r'ld\.global\.\S*v4\.b32|ld\.global\.\S*v2\.b64'))
 
 def first_launch(self, kernel, args, constants):
-    for arch in (80,90): print(json.dumps(dict(shape=shape, layout=layout, dtype=names[dtype], call=call, grid=self.grid, **look(kernel, (*args,*constants), self.warps, arch))), flush=True)
+    for arch in (80,90):
+        seen = look(kernel, (*args,*constants), self.warps, arch)
+        case = dict(shape=shape, layout=layout, dtype=names[dtype], call=call, grid=self.grid)
+        print(json.dumps(case | seen), flush=True)
     return (lambda *args: None),None,None
 
 calls = dict(
-    default={}, silu=dict(act='silu'), lesson10=dict(average=None, running_grad=0., inclusive=True), momentum=dict(momentum=.1),
-    cumulative=dict(momentum=None), held=dict(update=False), scheduled=dict(weight=torch.tensor(.3), running_grad=torch.tensor(.5)),
+    default={}, silu=dict(act='silu'), momentum=dict(momentum=.1), cumulative=dict(momentum=None),
+    lesson10=dict(average=None, running_grad=0., inclusive=True), held=dict(update=False),
+    scheduled=dict(weight=torch.tensor(.3), running_grad=torch.tensor(.5)),
     each=dict(weight=torch.rand(64)))
 if __name__=='__main__':
     torch.set_num_threads(1)
@@ -55,11 +66,14 @@ if __name__=='__main__':
     for shape,layout,call in map(json.loads, sys.argv[2:]):
         N,C = shape[:2]
         step = Step(N, .3, .1, running_grad=1.)._replace(**calls.get(call, {}))
-        state,x = narrow(new_state(C, known=call!='unknown'), torch.float32),laid_out(torch.empty(shape, dtype=dtype), layout)
+        state = narrow(new_state(C, known=call!='unknown'), torch.float32)
+        x = laid_out(torch.empty(shape, dtype=dtype), layout)
         w = None if call=='no affine' else torch.ones(C)
         if call=='parts':
             saved = TritonKernels.statistics(x, state, step)
-            TritonKernels.moments(x); TritonKernels.normalize(x, w, w, saved, step); TritonKernels.sums(x, x, w, w, saved, step)
+            TritonKernels.moments(x)
+            TritonKernels.normalize(x, w, w, saved, step)
+            TritonKernels.sums(x, x, w, w, saved, step)
             G,_ = TritonKernels.reaction(x, x, w, w, saved, state.grad, step, torch.tensor(2.))
             TritonKernels.dx(x, x, w, w, saved, G, step)
         else:

@@ -1,8 +1,10 @@
-"Triton's kernels on the CPU, in Triton's interpreter: what that takes to be fast enough, and other grids"
+"Triton's kernels on the CPU, in Triton's interpreter: fast enough, and with other grids"
 import math
 from contextlib import contextmanager
 from unittest.mock import patch
+import torch, triton
 from torch.utils._python_dispatch import _disable_current_modes
+from fastai_runbn import functional
 from fastai_runbn.kernels import cuda
 import triton.runtime.interpreter as interpreter
 
@@ -11,7 +13,7 @@ class _Nothing:
 
 _seen,_patch_lang = set(),interpreter._patch_lang
 def patch_once(fn):
-    "The interpreter patches Triton's language at each call of a function, 10 ms each; once is enough"
+    "The interpreter patches Triton's language at each call, in 10 ms; once is enough"
     new = {n for n in ('tl','core') if n in fn.__globals__}-_seen
     if new: _patch_lang(fn)
     _seen.update(new)
@@ -20,12 +22,16 @@ interpreter._patch_lang = patch_once
 
 def smaller(b, block, chunks):
     "Blocks with `block` values a program, and as many chunks"
-    channels = 2 if b.last else 1
+    b = b._replace(block=block, channels=2 if b.last else 1, one=b.M<=block and chunks==1)
+    if chunks==1: return b._replace(chunk=b.M, chunks=1)
     chunk = math.ceil(math.ceil(b.M/chunks)/block)*block
-    return b._replace(block=block, channels=channels, one=b.M<=block and chunks==1, chunk=chunk if chunks>1 else b.M,
-                      chunks=math.ceil(b.M/chunk) if chunks>1 else 1)
-plans = {'as planned':lambda b: b, 'loop':lambda b: smaller(b, cuda.power_of_2(max(2, b.M//3)), 1),
-         'split':lambda b: smaller(b, cuda.power_of_2(max(2, b.M//6)), 3), 'small blocks':lambda b: smaller(b, 4, 1)}
+    return b._replace(chunk=chunk, chunks=math.ceil(b.M/chunk))
+
+def part_of(b, n): return triton.next_power_of_2(max(2, b.M//n))
+plans = {'as planned':lambda b: b,
+    'loop':lambda b: smaller(b, part_of(b, 3), 1),
+    'split':lambda b: smaller(b, part_of(b, 6), 3),
+    'small blocks':lambda b: smaller(b, 4, 1)}
 
 @contextmanager
 def planned(how):
@@ -38,12 +44,14 @@ def planned(how):
 @contextmanager
 def on_the_cpu():
     "Let layers take the kernels on the CPU"
+    kernels = cuda.TritonKernels
     def fits(cls, x, state):
-        T = state.mean.dtype
-        return not cls.broken and T==cuda.torch.float32 and x.dtype in cuda.dtypes and state.floors.ndim==1 and x.numel()>0
-    from fastai_runbn import functional
-    with patch.object(cuda.TritonKernels, 'fits', classmethod(fits)), \
-         patch.object(functional, 'implementation', lambda x, state, backend='auto': cuda.TritonKernels if cuda.TritonKernels.fits(x, state) else functional.Formulas): yield
+        known = x.dtype in cuda.dtypes and state.mean.dtype is torch.float32
+        return known and not cls.broken and state.floors.ndim==1 and x.numel()>0
+    def implementation(x, state, backend='auto'):
+        return kernels if kernels.fits(x, state) else functional.Formulas
+    with (patch.object(kernels, 'fits', classmethod(fits)),
+          patch.object(functional, 'implementation', implementation)): yield
 
 @contextmanager
 def launches():
@@ -51,7 +59,8 @@ def launches():
     names,launch = [],cuda.Plan.launch
     def noted(self, kernel, *args):
         names.append(kernel.__name__)
-        with _disable_current_modes(): return launch(self, kernel, *args) # the interpreter's own operators
+        with _disable_current_modes(): # the interpreter's own operators
+            return launch(self, kernel, *args)
     with patch.object(cuda.Plan, 'launch', noted): yield names
 
 @contextmanager

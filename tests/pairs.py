@@ -85,7 +85,7 @@ class Pair:
             if want is not None: near(have, want, self.tol, f'{name}, {at}')
 
     def others_write(self, some=False):
-        "As a checkpoint does that is loaded; or in some channels, of which a few are as if never trained"
+        "As a checkpoint does that is loaded; or in some channels, a few as if never trained"
         C = len(self.exact.mean)
         mean,var,where = coarse(C),coarse(C).abs()+.5,torch.ones(C)>0
         if some: where,mean[::3],var[::3] = torch.rand(C)<.3,0.,1.
@@ -139,8 +139,9 @@ batches = st.lists(st.fixed_dictionaries(dict(N=sizes, layout=layouts, dy=layout
     bad=st.sampled_from([None,None,None,'nan','inf','-inf']), need_dx=st.booleans(),
     others_write=st.sampled_from([None,None,None,'all','some']), backwards=st.integers(0,2),
     scale=st.sampled_from([None,8.,torch.tensor(.25)]))), min_size=1, max_size=4)
-calls = dict(shape=st.one_of(small, small, large), dtype=st.sampled_from(list(tols)), affine=st.booleans(),
-             settings=step_settings, state=states, batches=batches, seed=st.integers(0,2**31-1))
+calls = dict(shape=st.one_of(small, small, large), dtype=st.sampled_from(list(tols)),
+    affine=st.booleans(), settings=step_settings, state=states, batches=batches,
+    seed=st.integers(0,2**31-1))
 
 def check_calls(kernels, shape, dtype, affine, settings, state, batches, seed):
     "Some batches, of any kind, through kernels and formulas"
@@ -161,14 +162,15 @@ def check_calls(kernels, shape, dtype, affine, settings, state, batches, seed):
                   b['need_dx'], b['scale'], f'batch {i}')
 
 def check_what_others_write(kernels, layout):
-    "All statistics, then those of some channels, while there is a floor above them; the loss scaled"
+    "All statistics, then those of some channels, under a floor; the loss is scaled"
     for seed in range(4):
         torch.manual_seed(seed)
         pair = Pair(5, T32, kernels=kernels, floors=[4.]*30)
         for i in range(4):
             if i: pair.others_write(some=i>1)
             step = Step(2, .3, .1, running_grad=1., eps=1e-3)
-            pair.step(activations((2,5,4,3), T32, layout), step, layout, 2, scale=8., at=f'seed {seed}, step {i}')
+            x,at = activations((2,5,4,3), T32, layout),f'seed {seed}, step {i}'
+            pair.step(x, step, layout, 2, scale=8., at=at)
 
 def check_overflow(kernels):
     "A variance that is infinite in float32 stays out, as a value that is"
@@ -177,5 +179,6 @@ def check_overflow(kernels):
     x = activations((2,3,4,4), T32)
     x[0,1] = 1e30
     kernels.forward(x, None, None, state, Step(2, .3, .1, running_grad=1.))
-    for have,was in zip(state[:6], before): assert have.isfinite().all() and have[1]==was[1] and have[0]!=was[0]
+    for have,was in zip(state[:6], before):
+        assert have.isfinite().all() and have[1]==was[1] and have[0]!=was[0]
     assert state.skipped==1

@@ -711,8 +711,11 @@ def test_accelerate_with_a_scaler():
 
 def test_a_star_import_brings_what_a_user_types():
     names = {n for n in vars(public) if not n.startswith('_')}
-    assert names=={'FilterMeans','GraphCallback','GraphedForward','LESSON10','RunBNCallback','RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d','RunningBatchNorm2d','RunningBatchNorm3d',
-        'SampleWindow','WarmupClamp','follow_scaler','from_lesson10','lesson10_weight','register_norm','set_batch_size','surgery_report','sync_window','to_bn','to_runbn'}
+    assert names=={'FilterMeans','GraphCallback','GraphedForward','LESSON10','RunBNCallback',
+        'RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d',
+        'RunningBatchNorm2d','RunningBatchNorm3d','SampleWindow','WarmupClamp','follow_scaler',
+        'from_lesson10','lesson10_weight','register_norm','set_batch_size','surgery_report',
+        'sync_window','to_bn','to_runbn'}
 
 def quantizable(train=False): return trained(to_runbn(net()).float(), 0).train(train)
 @pytest.mark.parametrize('train', [False,True], ids=['eager','qat'])
@@ -772,13 +775,14 @@ def test_timms_layer_drops_what_it_is_told_to():
 
 @pytest.mark.parametrize('backend', backends)
 def test_the_window_follows_channel_by_channel(backend):
-    "Who writes the statistics of some channels has the windows of those start anew, and of no others"
+    "Who writes statistics of some channels has the windows of those start anew, of no others"
     layer,x = RunningBatchNorm2d(3, backend=backend),torch.randn(4,3,5,5)
     for _ in range(8): layer(x)
     untouched = deepcopy(layer)
     layer.running_mean[1] += 7
     layer.refresh_window()
-    assert layer.window_mean[1]==layer.running_mean[1] and layer.window_count[1]==-1 and (layer.window_grad[:,1]==0).all()
+    assert layer.window_mean[1]==layer.running_mean[1] and layer.window_count[1]==-1
+    assert (layer.window_grad[:,1]==0).all()
     layer,written = deepcopy(untouched),untouched.running_mean[1]+7
     layer.running_mean[1] = written
     for o in (layer,untouched): o(x)

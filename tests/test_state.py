@@ -23,7 +23,15 @@ def same_state(a, b):
 
 # forms of BatchNorm
 
-@pytest.mark.parametrize('kw', [dict(affine=False), dict(momentum=None), dict(momentum=.3, eps=1e-3), dict(window=8), dict(dtype=torch.float64), dict(dtype=torch.bfloat16), dict(window=SampleWindow(8)), LESSON10], ids=['no affine','cumulative','momentum','window','float64','bfloat16','SampleWindow','lesson 10'])
+@pytest.mark.parametrize('kw', [
+    pytest.param(dict(affine=False), id='no affine'),
+    pytest.param(dict(momentum=None), id='cumulative'),
+    pytest.param(dict(momentum=.3, eps=1e-3), id='momentum'),
+    pytest.param(dict(window=8), id='window'),
+    pytest.param(dict(dtype=torch.float64), id='float64'),
+    pytest.param(dict(dtype=torch.bfloat16), id='bfloat16'),
+    pytest.param(dict(window=SampleWindow(8)), id='SampleWindow'),
+    pytest.param(LESSON10, id='lesson 10')])
 def test_every_form_has_batch_norms_state_and_evaluation(kw):
     plain = {k:v for k,v in kw.items() if k in ('affine','eps','dtype')}
     rbn,bn = RunningBatchNorm2d(3, **kw),nn.BatchNorm2d(3, **plain)

@@ -1,5 +1,5 @@
-"""Triton's kernels without a GPU, in Triton's interpreter, beside the formulas in float64; where there is one,
-test_cuda.py runs them on it. What the compiler makes of them: test_triton_compiled.py"""
+"""Triton's kernels without a GPU, in Triton's interpreter, beside the formulas in float64; where there
+is one, test_cuda.py runs them on it. What the compiler makes of them: test_triton_compiled.py"""
 import copy,sys,warnings
 import pytest,torch
 from hypothesis import given,settings,strategies as st
@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 pytest.importorskip('triton', reason='Triton comes with PyTorch on Linux')
-if torch.cuda.is_available(): pytest.skip('there is a GPU: see test_cuda.py', allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip('there is a GPU: see test_cuda.py', allow_module_level=True)
 from fastai_runbn import functional
 from fastai_runbn.formulas import Formulas,KeptStep,State,Step
 from fastai_runbn.kernels import cuda
@@ -15,20 +16,25 @@ from fastai_runbn.kernels.cuda import TritonKernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.twins import RunningBatchNormAct2d
 from interpreter import last_first,launches,on_the_cpu,planned,plans
-from pairs import B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,same,small
+from pairs import (B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,
+    check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,same,small)
 
 halves[B16] = 2.**-7 # the interpreter does not round, it cuts off
 each_plan = pytest.mark.parametrize('plan', plans)
+dtypes_and_plans = [(d,p) for d in cuda.dtypes for p in plans if d==T32 or p!='small blocks']
+both_kernels,all_four = ['runbn_forward','runbn_backward'],[
+    'runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient']
 each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])
 
 # --------------------------------------------------------------------------------- lockstep
-calls_here = calls | dict(shape=small, dtype=st.sampled_from(cuda.dtypes)) # a program takes 20 ms and more
+# a program takes 20 ms and more
+calls_here = calls | dict(shape=small, dtype=st.sampled_from(cuda.dtypes))
 @settings(max_examples=40, deadline=None)
 @given(**calls_here)
 def test_every_call_is_the_formulas(**kw): check_calls(TritonKernels, **kw)
 
 @each_layout
-@pytest.mark.parametrize('dtype,plan', [(d,p) for d in cuda.dtypes for p in plans if d==T32 or p!='small blocks'], ids=str)
+@pytest.mark.parametrize('dtype,plan', dtypes_and_plans, ids=str)
 @pytest.mark.parametrize('shape', [(2,3,7,7),(3,2,17),(4,5),(2,3,3,5,4),(1,2,1,1)], ids=str)
 def test_every_form_and_grid(shape, dtype, layout, plan):
     pair = Pair(shape[1], dtype, kernels=TritonKernels, floors=(.5,.3))
@@ -93,11 +99,13 @@ def test_parts_are_the_whole(layout, act, plan):
         saved2 = TritonKernels.statistics(x, b, step)
         near(saved2, saved.double(), 1e-6, 'saved')
         near(TritonKernels.normalize(x, *affine, saved2, step), y.double(), 1e-6, 'y')
-        for have,want in zip(TritonKernels.moments(x), saved[4:6]): near(have, want.double(), 1e-6, 'moments')
+        for have,want in zip(TritonKernels.moments(x), saved[4:6]):
+            near(have, want.double(), 1e-6, 'moments')
         dx,dw,db = TritonKernels.backward(dy, x, *affine, saved, a.grad, step, 2.)
-        near(TritonKernels.sums(dy, x, *affine, saved2, step), torch.stack((db, dw)).double(), 1e-6, 'sums')
+        want = torch.stack((db, dw)).double()
+        near(TritonKernels.sums(dy, x, *affine, saved2, step), want, 1e-6, 'sums')
         G,sums = TritonKernels.reaction(dy, x, *affine, saved2, b.grad, step, 2.)
-        near(sums, torch.stack((db, dw)).double(), 1e-6, 'sums of the reaction')
+        near(sums, want, 1e-6, 'sums of the reaction')
         near(TritonKernels.dx(dy, x, *affine, saved2, G, step), dx.double(), 1e-6, 'dx')
     near(saved2, saved.double(), 1e-6, 'saved after the backward')
     for name,have,want in zip(State._fields, b, a): near(have, want.double(), 1e-6, name)
@@ -109,14 +117,17 @@ def test_results_do_not_depend_on_who_is_last(layout, plan):
     "To the bit; and the integers by which programs find out who is last are 0 again"
     def run():
         torch.manual_seed(0)
-        state,step = narrow(new_state(5, trained=1, floors=[.1]*9), T32),Step(2, .3, .1, running_grad=1.)
+        state = narrow(new_state(5, trained=1, floors=[.1]*9), T32)
+        step = Step(2, .3, .1, running_grad=1.)
         state.avg_mean[1] += 1                          # others have written
         got = []
         for i in range(3):
             x = activations((2,5,3,4), T32, layout)
             if i==1: x[0,2,0,0] = float('inf')
             y,saved = TritonKernels.forward(x, None, None, state, step)
-            got += [y,saved,*TritonKernels.backward(gradients(x, layout), x, None, None, saved, state.grad, step)]
+            dy = gradients(x, layout)
+            grads = TritonKernels.backward(dy, x, None, None, saved, state.grad, step)
+            got += [y,saved,*grads]
         return [*got, *[t.clone() for t in state]]
     with planned(plan):
         one = run()
@@ -134,7 +145,7 @@ class Operators(TorchDispatchMode):
 @each_layout
 @pytest.mark.parametrize('plan,each', [('as planned',1),('loop',1),('split',2)])
 def test_one_launch_a_pass_or_two_and_nothing_else(layout, plan, each):
-    "PyTorch only makes room, or views of it; with settings that are numbers, and with those of a schedule"
+    "PyTorch only makes room, or views of it; with settings that are numbers, and with tensors"
     x,affine = activations((2,6,5,7), T32, layout),(torch.ones(6),torch.ones(6))
     def batch(state, step):
         _,saved = TritonKernels.forward(x, *affine, state, step)
@@ -144,8 +155,9 @@ def test_one_launch_a_pass_or_two_and_nothing_else(layout, plan, each):
         with planned(plan):
             batch(state, step) # the integers are made
             with launches() as names, Operators() as ops: batch(state, step)
-        assert names==(['runbn_forward','runbn_backward'] if each==1 else ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient'])
-        assert {*ops.names}<={'empty','empty_like','new_empty','select','slice','detach','alias'}, ops.names
+        assert names==(both_kernels if each==1 else all_four)
+        room = {'empty','empty_like','new_empty','select','slice','detach','alias'}
+        assert {*ops.names}<=room, ops.names
 
 @each_layout
 def test_a_kernel_is_compiled_for_each_kind_of_call(layout, monkeypatch):
@@ -158,20 +170,21 @@ def test_a_kernel_is_compiled_for_each_kind_of_call(layout, monkeypatch):
     monkeypatch.setattr(cuda, 'current_stream', lambda index: 0)
     def begins(t, at):
         "The same tensor, `at` values after an address that is a multiple of 16"
-        return torch.zeros(t.numel()+8)[at:at+t.numel()].as_strided(t.shape, t.stride()) if at is not None else t
+        return torch.zeros(t.numel()+8)[at:at+t.numel()].as_strided(t.shape, t.stride())
     x,w = laid_out(torch.zeros(2,4,5,3), layout),torch.ones(4)
     saved,state,step = torch.zeros(7,4),narrow(new_state(4), T32),Step(2, .3, .1, running_grad=1.)
     with planned('as planned'):
-        for times in range(2):
-            for a in (0,1):
-                for b in (0,1): TritonKernels.backward(begins(x, b), begins(x, a), w, w, saved, state.grad, step)
+        for a,b in [(0,0),(0,1),(1,0),(1,1)]*2:
+            dy,x_ = begins(x, b),begins(x, a)
+            TritonKernels.backward(dy, x_, w, w, saved, state.grad, step)
         assert compiled==['runbn_backward']*4
         for times in range(2):
             for weight in (None,w,w.bfloat16()):
                 for a in (0,1): TritonKernels.forward(begins(x, a), weight, None, state, step)
         assert compiled[4:]==['runbn_forward']*6
         for share in (.5,torch.tensor(.5),torch.tensor(.5, dtype=torch.float64)):
-            for times in range(2): TritonKernels.forward(x, w, None, state, step._replace(weight=share))
+            other = step._replace(weight=share)
+            for times in range(2): TritonKernels.forward(x, w, None, state, other)
         assert len(compiled)==12 # a number is there already
 
 # -------------------------------------------------------------------------------- as layers
@@ -187,8 +200,13 @@ def trained(layer, x, steps=3):
         layer.zero_grad()
     return [*res, *[b.clone() for b in layer.buffers()]]
 
-@pytest.mark.parametrize('kw', [{}, dict(affine=False), dict(momentum=.1), dict(momentum=None), dict(window=8, running_grad=.5),
-                                dict(eval_window=None, clamp=None)], ids=str)
+def are_those_of(exact, got, x):
+    "Are `got` as `trained` has them of a layer in float64?"
+    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()), strict=True)):
+        near(a, b.double(), 3e-5, f'value {i}')
+
+@pytest.mark.parametrize('kw', [{}, dict(affine=False), dict(momentum=.1), dict(momentum=None),
+    dict(window=8, running_grad=.5), dict(eval_window=None, clamp=None)], ids=str)
 @pytest.mark.parametrize('layout', ['contiguous','last'])
 def test_layers(kw, layout):
     x = activations((2,4,5,3), T32, layout)
@@ -196,7 +214,7 @@ def test_layers(kw, layout):
     with on_the_cpu(): got = trained(layer, x)
     assert layer.path=='triton'
     exact = RunningBatchNorm2d(4, backend='formulas', dtype=torch.float64, **kw)
-    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
+    are_those_of(exact, got, x)
 
 @pytest.mark.parametrize('dtype', [B16,H16], ids=str)
 def test_layers_in_half_precision(dtype):
@@ -212,12 +230,14 @@ def test_layers_in_half_precision(dtype):
 @pytest.mark.parametrize('reentrant', [True,False])
 def test_checkpointing(reentrant):
     x = activations((2,4,5,3), T32)
-    def net(): torch.manual_seed(1); return nn.Sequential(nn.Conv2d(4,4,1),RunningBatchNorm2d(4, backend='triton'),nn.ReLU(),RunningBatchNorm2d(4, backend='triton'))
-    plain,again = net(),net()
+    def norm(): return RunningBatchNorm2d(4, backend='triton')
+    plain = nn.Sequential(nn.Conv2d(4,4,1), norm(), nn.ReLU(), norm())
+    again = copy.deepcopy(plain)
+    def checkpointed(m, x): return checkpoint(m, x, use_reentrant=reentrant)
     with on_the_cpu():
         for _ in range(2):
             got = []
-            for m,f in ((plain,lambda m,x: m(x)),(again,lambda m,x: checkpoint(m, x, use_reentrant=reentrant))):
+            for m,f in ((plain,lambda m,x: m(x)),(again,checkpointed)):
                 a = x.clone().requires_grad_()
                 f(m, a).square().sum().backward()
                 got.append([a.grad, *[p.grad for p in m.parameters()], *m.buffers()])
@@ -230,25 +250,27 @@ def test_timms_activation_is_inside():
     exact = copy.deepcopy(layer).double()
     layer.backend,exact.backend = 'triton','formulas'
     with on_the_cpu(), launches() as names: got = trained(layer, x)
-    assert names==['runbn_forward','runbn_backward']*3
-    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
+    assert names==both_kernels*3
+    are_those_of(exact, got, x)
 
 def test_torch_compile():
     "One operator a pass, and in it one launch"
     x = activations((2,4,5,3), T32)
     layer = RunningBatchNorm2d(4, backend='triton')
     exact = RunningBatchNorm2d(4, backend='formulas', dtype=torch.float64)
-    with on_the_cpu(), launches() as names: got = trained(torch.compile(layer, backend='aot_eager', fullgraph=True), x)
-    assert names==['runbn_forward','runbn_backward']*3
-    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
+    compiled = torch.compile(layer, backend='aot_eager', fullgraph=True)
+    with on_the_cpu(), launches() as names: got = trained(compiled, x)
+    assert names==both_kernels*3
+    are_those_of(exact, got, x)
 
 # ------------------------------------------------------------------- where they cannot be had
 @pytest.mark.parametrize('plan', ['as planned','split'])
-@pytest.mark.parametrize('fails', ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient'])
+@pytest.mark.parametrize('fails', all_four)
 def test_a_kernel_that_does_not_compile(fails, plan, monkeypatch):
     "One warning, then formulas; nothing is counted twice"
-    if plan=='as planned' and fails in ('runbn_normalize','runbn_input_gradient'): pytest.skip('not launched')
-    monkeypatch.setattr(TritonKernels, 'broken', False); monkeypatch.setattr(TritonKernels, 'name', 'triton')
+    if plan=='as planned' and fails not in both_kernels: pytest.skip('not launched')
+    monkeypatch.setattr(TritonKernels, 'broken', False)
+    monkeypatch.setattr(TritonKernels, 'name', 'triton')
     first = cuda.Plan.first_launch
     def broken(self, kernel, *args):
         if kernel.__name__==fails: raise cuda.NotCompiled('RuntimeError: no C compiler')
@@ -261,10 +283,11 @@ def test_a_kernel_that_does_not_compile(fails, plan, monkeypatch):
         got = trained(layer, x)
     assert [str(w.message) for w in said]==[cuda._failed.format('RuntimeError: no C compiler')]
     assert layer.path=='formulas' and layer.num_batches_tracked==3
-    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()))): near(a, b.double(), 3e-5, f'value {i}')
+    are_those_of(exact, got, x)
 
 def test_without_triton(monkeypatch):
     functional.triton_kernels.cache_clear()
     monkeypatch.setitem(sys.modules, 'fastai_runbn.kernels.cuda', None)
-    with pytest.warns(UserWarning, match="backend='triton': there is none here"): assert functional.triton_kernels() is Formulas
+    with pytest.warns(UserWarning, match="backend='triton': there is none here"):
+        assert functional.triton_kernels() is Formulas
     functional.triton_kernels.cache_clear()

@@ -15,6 +15,7 @@ compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
 triton = ['tests/test_triton.py','-x','-k','stays_out or is_last or large_mean or does_not_compile or parts_are or 30_steps and last']
 others = ['tests/test_triton.py','-n0','-k','(others_write or overflows) and not split']
+graphs = ['tests/test_graph.py','-n0']
 others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
@@ -218,7 +219,20 @@ mutations = [
     ('contract: the running gradient in the unit of the scaled loss', 'formulas',
         'own if scale is None else own/scale', 'own', formulas),
     ('contract: what is owed is not scaled', 'formulas',
-        'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas)]
+        'G = own+(owed if scale is None else owed*scale)', 'G = own+owed', formulas),
+    ('graph: what recording has written stays', 'graph', 'for b,old in kept: b.copy_(old)', 'pass',
+        graphs),
+    ('graph: recorded for buffers that are elsewhere now', 'graph',
+        'tuple(b.data_ptr() for b in model.buffers()),', '', graphs),
+    ('graph: recorded for other settings', 'graph',
+        'tuple(tuple(map(_fixed, _settings(vars(m)))) for m in self.norms)', '', graphs),
+    ('graph: a partial batch recorded', 'graph',
+        'if not again or len(self.graphs)>=self.most', 'if len(self.graphs)>=self.most', graphs),
+    ('graph: it stays when the batch is done', 'graph', 'if self.once: self.remove()', 'pass',
+        graphs),
+    ('graph: it stays when the batch is cancelled', 'graph',
+        'if self.graphed is not None: self.graphed.remove()', 'pass', graphs),
+    ("graph: a scaler's own word recorded", 'graph', 'm.scaler_tells = False', 'pass', graphs)]
 
 # the same in Triton, in its interpreter
 in_triton = [

@@ -562,7 +562,8 @@ def ratio_table(
 
 # %% ../../nbs/12_bench.speed.ipynb #02669546
 colors = {'BatchNorm by Python':'#000000', 'lesson 10':'#d55e00', 'ours':'#0072b2',
-    'ours, activation apart':'#56b4e9', 'formulas':'#999933', 'GroupNorm':'#009e73', 'SyncBatchNorm':'#999999', 'BatchRenorm':'#e69f00', 'MABN':'#cc79a7'}
+    'ours, activation apart':'#56b4e9', 'formulas':'#999933', 'GroupNorm':'#009e73',
+    'SyncBatchNorm':'#999999', 'BatchRenorm':'#e69f00', 'MABN':'#cc79a7'}
 
 def plot_speed(
     df:pd.DataFrame, # Of `columns`

@@ -32,7 +32,7 @@ typedef struct {
     void *y;                                                 // the result, or dx
     void *saved;                                             // (7,C), see below
     void *dbeta, *dgamma;                                    // sums of dz and dz times x-hat, (C,)
-    void *G;                                                 // the statistics' reaction, (2,C), or NULL
+    void *G;                                                 // the statistics' reaction (2,C), or NULL
     const void *weights;                                     // a weight a channel, (C,), or NULL
     void *mean, *var, *count, *avg_mean, *avg_var, *steps;   // state, (C,) each
     i64 *batches, *seen, *skipped;
@@ -53,7 +53,7 @@ enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULA
        CLAMPED = 64, RUNNING = 128 };                                           // flags
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
-enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // of formulas.py
+enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // as in Python
 enum { DONE, NO_MEMORY };                                                       // what calls return
 enum { BY_OTHERS = 1, TRAINED = 2 };                                            // written
 

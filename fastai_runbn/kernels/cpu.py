@@ -57,9 +57,9 @@ def layout(
     if x.ndim not in _channels_last: return None
     return 1 if x.is_contiguous(memory_format=_channels_last[x.ndim]) else None
 
-def readable(x):
-    "`x` as the kernels read it, and its layout; a copy where it is in neither, or float16"
-    if x.dtype is torch.float16: x = x.float()
+def readable(x, half=False):
+    "`x` as kernels read it, and its layout; a copy where it is in neither, or float16 and not `half`"
+    if x.dtype is torch.float16 and not half: x = x.float()
     if x.is_neg(): x = x.resolve_neg() # where autograd has only noted a minus
     last = layout(x)
     if last is None:
@@ -100,8 +100,8 @@ def plan(step, shape, dtype, last)->bytes:
     weight,(N,C,*rest) = step.weight,shape
     if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
     res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
-        step.samples, flags_of(step), weight, step.average or 0., step.momentum or 0., step.eps, step.clip,
-        step.clip_max, float(step.running_grad))
+        step.samples, flags_of(step), weight, step.average or 0., step.momentum or 0., step.eps,
+        step.clip, step.clip_max, float(step.running_grad))
     if type(step) is KeptStep: step.plan = key,res
     return res
 
@@ -118,7 +118,7 @@ def call(
     state:list=_nowhere, # Addresses of a `State`
     floors:int=0, # How many there are
     scale:float=1., # Loss scale
-)->int: # What it returns
+)->int: # What `f` returns
     "Call a kernel"
     weights = none
     if isinstance(step.weight, Tensor) and step.weight.numel()>1:
