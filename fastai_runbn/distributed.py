@@ -16,7 +16,8 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import AutoMomentum,SampleWindow,auto_momentum,average_share,head_start
+from .moments import AdaptiveWindow,AutoMomentum,SampleWindow,adapt,auto_momentum
+from .moments import average_share,head_start
 from .moments import lesson10_weight,merge_moments,trust,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
@@ -26,6 +27,7 @@ from .layers import RunningBatchNormMixin
 # %% ../nbs/09_distributed.ipynb #6f7a23d6
 _flat_names = ('window_mean','window_var','window_count','running_mean','running_var',
     'eval_steps') # `(C,)` each
+_row_names = 'window_grad','window_innovations' # several rows
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches' # one value each
 
 class _Flat(NamedTuple):
@@ -37,6 +39,7 @@ class _Flat(NamedTuple):
     avg_var:Tensor
     steps:Tensor
     grad:Tensor
+    innovations:Tensor
     batches:Tensor
     seen:Tensor
     skipped:Tensor
@@ -65,12 +68,13 @@ class _Pack:
         "A copy of all state"
         def flat(name, dim=0): return torch.cat([l._buffers[name] for l in self.layers], dim).double()
         def numbers(name): return torch.stack([l._buffers[name].view(()) for l in self.layers])
-        return _Flat(*map(flat, _flat_names), flat('window_grad', 1), *map(numbers, _number_names))
+        return _Flat(*map(flat, _flat_names), *[flat(n, 1) for n in _row_names],
+            *map(numbers, _number_names))
 
     def write(self, new):
         "Put `new` into the layers"
         bufs,values = [],[]
-        for name,t in zip((*_flat_names,'window_grad'), new):
+        for name,t in zip((*_flat_names,*_row_names), new):
             bufs += (mine := [l._buffers[name] for l in self.layers])
             if len({b.dtype for b in mine})==1: t = t.to(mine[0].dtype) # all at once
             values += t.split(self.sizes, -1)
@@ -140,7 +144,8 @@ def add_gradients(self:_Pack, sums, notes, like):
 # %% ../nbs/09_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by a `window` setting; a user's function looks at values"
-    if callable(rule) and type(rule) is not SampleWindow and rule is not lesson10_weight:
+    known = type(rule) in (SampleWindow,AdaptiveWindow) or rule is lesson10_weight
+    if callable(rule) and not known:
         sizes = zip(bs.tolist(), M.tolist())
         return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
     return window_weight(rule, bs, M)
@@ -188,6 +193,16 @@ def fixed_shares(self:_Pack, rules, share, old):
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
 @patch
+def adapted(self:_Pack, a, rules, old, m, v, bs):
+    "Weights `a`, but those of adaptive windows where there are some; and what is known of these"
+    lengths = [r.window.samples if isinstance(r.window, AdaptiveWindow) else 0 for r in rules]
+    if not any(lengths): return a,old.innovations
+    longest,bs = self.expand(torch.stack((torch.stack([_number(n, a) for n in lengths]), bs)))
+    eps = self.expand(torch.stack([_number(l.eps, a) for l in self.layers]))
+    found,known = adapt(old.innovations, old.count, old.mean, old.var, m, v, bs, longest, eps)
+    return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), known, old.innovations)
+
+@patch
 def merge(self:_Pack, old, sums, head, rules):
     "Merge pooled `sums` (of `add_moments`): new state, mean, variance, and share, 0 if it stays out"
     n,s1,s2 = sums
@@ -195,6 +210,7 @@ def merge(self:_Pack, old, sums, head, rules):
     d = s1/n.clamp(min=1)
     m,v = old.mean+d,(s2/n.clamp(min=1)-d*d).clamp(min=0)
     a,a_e,alike = self.weights(rules, bs, M)
+    a,innovations = self.adapted(a, rules, old, m, v, bs)
     count,rho = window_share(old.count, n, a)
     mean,var = merge_moments(old.mean, old.var, m, v, rho)
     steps = old.steps+1
@@ -210,7 +226,7 @@ def merge(self:_Pack, old, sums, head, rules):
     new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))
     left_out = self.expand(M)>n*ok
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
-    new = _Flat(*new, old.grad, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped)
+    new = _Flat(*new, old.grad, innovations, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped)
     return new,m,v,torch.where(ok, rho, 0)
 
 @patch
@@ -221,8 +237,8 @@ def unless_changed(self:_Pack, new):
     if where.is_cpu and not where.any(): return new
     for l,c in zip(self.layers, changed): l.seed_window(c)
     now = self.read()
-    per_channel = [torch.where(where, a, b) for a,b in zip(now[:7], new[:7])]
-    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[7:], new[7:])]
+    per_channel = [torch.where(where, a, b) for a,b in zip(now[:8], new[:8])]
+    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[8:], new[8:])]
     return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb
@@ -258,7 +274,7 @@ class WindowSync(OwnWindow, Joinable):
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
     def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,type(None))) or type(o) is SampleWindow
+        kept = isinstance(o, (int,float,str,tuple,type(None))) or type(o) in (SampleWindow,AdaptiveWindow)
         return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}
@@ -445,13 +461,13 @@ def opened(self:StepSync):
             f = f._replace(count=f.count/self.world, steps=steps)
             dtypes = {l.window_mean.dtype for l in self.pack.layers}
             one = dtypes.pop() if len(dtypes)==1 else torch.float64
-            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:7]]
-            parts = zip(*wide, *[t.clone().split(1) for t in f[7:]])
+            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:8]]
+            parts = zip(*wide, *[t.clone().split(1) for t in f[8:]])
             self.local = {}
-            for l,(*wide,grad,batches,seen,skipped) in zip(self.pack.layers, parts):
-                *wide,grad = [t.to(l.window_mean.dtype).contiguous() for t in (*wide,grad)]
+            for l,(*wide,batches,seen,skipped) in zip(self.pack.layers, parts):
+                *wide,grad,known = [t.to(l.window_mean.dtype).contiguous() for t in wide]
                 counters = batches.view(()),seen,skipped.view(())
-                self.local[l] = State(*wide, *counters, l.clamp_floor, grad)
+                self.local[l] = State(*wide, *counters, l.clamp_floor, grad, innovations=known)
     return self.local
 
 @patch

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from .moments import (AutoMomentum,auto_momentum,average_share,batch_moments,head_start,
+from .moments import (AutoMomentum,adapt,auto_momentum,average_share,batch_moments,head_start,
     merge_moments,window_share)
 
 # %% ../nbs/02_formulas.ipynb #3f7d05e2
@@ -31,6 +31,7 @@ class State(NamedTuple):
     grad:Tensor=None       # Running gradient $\\bar g$ `(2,C)`, of a loss that is not scaled
     known_mean:Tensor=None # `avg_mean` as last written, `(C,)`, where that is kept
     known_var:Tensor=None  # `avg_var` as last written
+    innovations:Tensor=None # `Innovations` `(4,C)`, for an adaptive window
 
 class KeptState(State):
     "A `State` that is used again and again; what a kernel has found out about it stays with it"
@@ -50,6 +51,7 @@ class Step(NamedTuple):
     act:str=None        # Activation of the result: 'relu', 'silu' or none
     clip:float=4.       # Of what is owed in the scale, a batch pays `clip` over the mean square …
     clip_max:float=1.   # … of its normalised values, and this at most
+    longest:float|None=None # Most samples of an adaptive window; `None`: a batch has its `weight`
 
 class KeptStep(Step):
     "A `Step` of constants that is used again and again; what a kernel has made of it stays with it"
@@ -91,6 +93,7 @@ def seed(
     seeds = ((s.mean,s.avg_mean), (s.var,s.avg_var), (s.known_mean,s.avg_mean),
         (s.known_var,s.avg_var), (s.count,torch.where(trained, -1., 0.)), (s.steps,steps),
         (s.grad.data,0.))
+    if s.innovations is not None: seeds = *seeds,(s.innovations,0.)
     for old,new in seeds: old.copy_(torch.where(where, new, old))
     anywhere,full = where.any(),(where&trained).any()
     s.seen.copy_(torch.where(anywhere, full*full_samples, s.seen)) # of the layer
@@ -147,7 +150,11 @@ def merge(
     "Merge a batch into window and average; channels that are not finite stay out, with share 0"
     s,own = state,step.average is not None or type(step.momentum) is not AutoMomentum
     m,v,old_mean,old_var = [t.to(s.mean.dtype) for t in (m,v,s.avg_mean,s.avg_var)]
-    count,share = window_share(s.count, M, step.weight)
+    weight = step.weight
+    if step.longest is not None:
+        weight,known = adapt(s.innovations, s.count, s.mean, s.var, m, v, step.samples,
+            step.longest, step.eps)
+    count,share = window_share(s.count, M, weight)
     mean,var = merge_moments(s.mean, s.var, m, v, share)
     ok = var<math.inf
     mean,var = torch.where(ok, mean, s.mean),torch.where(ok, var, s.var)
@@ -164,6 +171,7 @@ def merge(
         s.avg_mean.copy_(torch.where(avg_ok, avg_mean, old_mean))
         s.avg_var.copy_(torch.where(avg_ok, avg_var, old_var))
         s.steps.add_(avg_ok)
+        if step.longest is not None: s.innovations.copy_(known)
         if s.known_mean is not None:
             s.known_mean.copy_(s.avg_mean)
             s.known_var.copy_(s.avg_var)

@@ -70,9 +70,10 @@ _no_recompute = ("A compiled running batch norm is being computed again in the b
 
 _step_schema = ('SymInt samples, Tensor step_weight, Tensor? average, float? momentum, bool auto, '
     'Tensor? running_grad, float eps, bool clamped, bool inclusive, bool update, float clip, '
-    'float clip_max, str backend')
+    'float clip_max, float? longest, str backend')
 _state_schema = (', '.join(f'Tensor({n}!) {n}' for n in State._fields[:9])
-    + ', Tensor floors, Tensor grad, Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var')
+    + ', Tensor floors, Tensor grad, Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var, '
+    'Tensor(innovations!)? innovations')
 _schemas = dict(
     statistics=f'(Tensor x, {_state_schema}, {_step_schema}) -> Tensor',
     reaction='(Tensor dy, Tensor x, Tensor saved, Tensor(running!) running, Tensor? scale, '
@@ -89,19 +90,22 @@ def to_operator(
     momentum = None if auto or step.momentum is None else float(step.momentum)
     if not torch.is_tensor(paid) and paid==0: paid = None
     return (step.samples, tensor(step.weight), tensor(step.average), momentum, auto, tensor(paid),
-        step.eps, step.clamped, step.inclusive, step.update, step.clip, step.clip_max, backend)
+        step.eps, step.clamped, step.inclusive, step.update, step.clip, step.clip_max,
+        step.longest, backend)
 
 def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped, inclusive, update,
-                   clip, clip_max):
+                   clip, clip_max, longest):
     return Step(samples, weight, average, auto_momentum if auto else momentum,
-        0. if paid is None else paid, eps, clamped, inclusive, update, None, clip, clip_max)
+        0. if paid is None else paid, eps, clamped, inclusive, update, None, clip, clip_max,
+        longest)
 
 def _statistics(x, *args):
     *args,backend = args
     if torch._C._current_graph_task_id()!=-1: raise RuntimeError(_no_recompute)
-    state = State(*args[:13])
+    n = len(State._fields)
+    state = State(*args[:n])
     how = implementation(x, state, backend)
-    return how.statistics(x, state, _from_operator(*args[13:]))
+    return how.statistics(x, state, _from_operator(*args[n:]))
 
 def _reaction(dy, x, saved, running, scale, *step):
     *step,backend = step

@@ -17,7 +17,8 @@ from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
-from .moments import SampleWindow,at_most_1,auto_momentum,lesson10_weight,trust,window_weight
+from fastai_runbn.moments import (AdaptiveWindow,SampleWindow,at_most_1,auto_momentum,lesson10_weight,trust,
+    window_weight)
 from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
@@ -97,11 +98,11 @@ class RecentBatches:
         return torch.stack(saved).index_select(0, nearest)[0],paid
 
 # %% ../nbs/05_layers.ipynb #ba6736b9
-window_buffers = ('window_mean','window_var','window_count','window_grad','eval_steps',
-    'samples_seen','skipped_batches','known_mean','known_var')
+window_buffers = ('window_mean','window_var','window_count','window_grad','window_innovations',
+    'eval_steps','samples_seen','skipped_batches','known_mean','known_var')
 state_buffers = ('window_mean','window_var','window_count','running_mean','running_var','eval_steps',
     'num_batches_tracked','samples_seen','skipped_batches','window_grad','known_mean',
-    'known_var') # as in `State`
+    'known_var','window_innovations') # as in `State`
 
 @lru_cache(maxsize=256)
 def _floors(clamp, dtype, device):
@@ -116,8 +117,8 @@ class WindowBuffers:
         mean = self.running_mean
         dtype = torch.float64 if mean.dtype==torch.float64 else torch.float32
         C,new = len(mean),partial(torch.zeros, device=mean.device, dtype=dtype)
-        values = (new(C), new(C), new(C), new(2,C), new(C), new(1).long(), new(()).long(),
-            torch.zeros_like(mean), torch.zeros_like(mean))
+        values = (new(C), new(C), new(C), new(2,C), new(4,C), new(C), new(1).long(),
+            new(()).long(), torch.zeros_like(mean), torch.zeros_like(mean))
         for name,value in zip(window_buffers, values):
             self.register_buffer(name, value, persistent=self.persistent_window)
         self.set_floors()
@@ -235,9 +236,10 @@ def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, e
     "A `Step` of settings and sizes; `pooled`: values per channel of all processes together"
     average = None if eval_window is None else at_most_1(bs/eval_window)
     if torch.is_tensor(running_grad) or running_grad: running_grad = running_grad*trust(pooled)
+    longest = window.samples if isinstance(window, AdaptiveWindow) else None
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
-        inclusive, update, act)
-_constants = int,float,SampleWindow # settings that are no tensors, which a schedule changes
+        inclusive, update, act, longest=longest)
+_constants = int,float,SampleWindow,AdaptiveWindow # settings that are no tensors, which a schedule changes
 _settings_of = itemgetter('window', 'running_grad', 'momentum', 'eval_window', 'eps', 'clamp',
     'clamp_inclusive', 'track_running_stats', 'backend')
 
@@ -362,7 +364,8 @@ class RunningBatchNormMixin(WindowBuffers):
         window,bs,M = self.window,self._samples(x),x.numel()//x.shape[1]
         sizes = bs,M,self.keeper.pooled(M)
         if torch.compiler.is_compiling(): # numbers would be compiled in
-            if not callable(window) or type(window) is SampleWindow or window is lesson10_weight:
+            known = type(window) in (SampleWindow,AdaptiveWindow) or window is lesson10_weight
+            if known or not callable(window):
                 sizes = [self.window_mean.new_full((), n) for n in sizes]
         return _step(bs, *sizes, window, self.running_grad, self.momentum, self.eval_window,
             self.eps, bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)

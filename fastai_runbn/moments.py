@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['head_start', 'auto_momentum', 'batch_moments', 'lesson10_weight', 'at_most_1', 'trust', 'SampleWindow',
-           'window_weight', 'window_share', 'merge_moments', 'AutoMomentum', 'average_share']
+           'AdaptiveWindow', 'window_weight', 'window_share', 'merge_moments', 'Innovations', 'adapt', 'AutoMomentum',
+           'average_share']
 
 # %% ../nbs/01_moments.ipynb #3e21bbc8
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 import torch
 from torch import Tensor
 
@@ -55,6 +57,15 @@ class SampleWindow:
         return self.samples if self.few is None or M is None else self.few+(self.samples-self.few)*trust(M)
     def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor: return at_most_1(bs/self.length(M))
 
+@dataclass(frozen=True)
+class AdaptiveWindow:
+    "A window whose length each channel finds by itself, by whether its statistics lag behind (`adapt`)"
+    samples:float=200. # The longest, in samples, over 0
+    def __post_init__(self):
+        if not self.samples>0: raise ValueError(f"AdaptiveWindow({self.samples!r}): a number of samples over 0 was expected.")
+    def __repr__(self): return f'AdaptiveWindow({self.samples:g})'
+    def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor: return at_most_1(bs/self.samples)
+
 # %% ../nbs/01_moments.ipynb #389223af
 def window_weight(
     window, # Setting: samples; or a function of `bs` and `M` that gives $a$
@@ -88,6 +99,38 @@ def merge_moments(
     d = m-mean
     step = rho*d
     return mean+step, torch.lerp(var, v, rho).addcmul(step, d-step)
+
+# %% ../nbs/01_moments.ipynb #ace8a725
+class Innovations(NamedTuple):
+    "What a channel knows of the batches so far, `(C,)` each: rows of one tensor `(4,C)`"
+    length:Tensor  # Samples in its window
+    batches:Tensor # Of which it has seen the innovation; 0: none yet, and the length is not found
+    square:Tensor  # Recent mean of its square
+    last:Tensor    # The last one
+
+def adapt(
+    known:Tensor, # `Innovations` as one tensor `(4,C)`
+    count:Tensor, # Window count $n$ of each channel `(C,)`, as in `window_share`
+    mean:Tensor, # Mean of the window, without the batch `(C,)`
+    var:Tensor, # Its biased variance
+    m:Tensor, # Mean of the batch
+    v:Tensor, # Its biased variance
+    bs:int|Tensor, # Samples in the batch
+    longest:float|Tensor, # Most samples of a window
+    eps:float=1e-5, # Added to the variance
+)->tuple: # Weight $a$ of the batch `(C,)`, and the new `known`
+    "The batch's weight in a window of the length so far, and what its innovation says of that length"
+    n,t,square,last = known
+    n = torch.where(t>0, n, torch.where(count<0, longest, bs)).clamp(max=longest)
+    e = (m-mean)*(var+eps).rsqrt()
+    t1 = t+1
+    square1 = torch.lerp(square, e*e, (1/t1).clamp(min=1/32))
+    lag = (e*last/(square1+1e-12)).clamp(-1, 1)
+    step = lag*(t1+100).rsqrt().clamp(min=.01)
+    n1 = (n*(1-step+step*step/2)).clamp(min=bs).clamp(max=longest)
+    learns = (count!=0) & (e*e<math.inf) & (v<math.inf)
+    new = torch.where(learns, torch.stack((n1,t1,square1,e)), known)
+    return (bs/n).clamp(max=1),new
 
 # %% ../nbs/01_moments.ipynb #6600dc03
 head_start = 9 # The k below

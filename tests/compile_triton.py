@@ -58,7 +58,7 @@ calls = dict(
     default={}, silu=dict(act='silu'), momentum=dict(momentum=.1), cumulative=dict(momentum=None),
     lesson10=dict(average=None, running_grad=0., inclusive=True), held=dict(update=False),
     scheduled=dict(weight=torch.tensor(.3), running_grad=torch.tensor(.5)),
-    each=dict(weight=torch.rand(64)))
+    adaptive=dict(longest=200.), each=dict(weight=torch.rand(64)))
 if __name__=='__main__':
     torch.set_num_threads(1)
     cuda.Plan.first_launch,cuda.current_stream = first_launch,lambda index: 0

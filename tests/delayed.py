@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 from torch.autograd import Function
-from fastai_runbn.moments import AutoMomentum
+from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
 
 class _Fn(Function):
     @staticmethod
@@ -35,12 +35,24 @@ class DelayedNorm(nn.Module):
         self.clamp = layer.clamp_floor.tolist() # .01 as float32 has it, where the layer was made in that
         zeros = torch.zeros_like(self.weight.data)
         self.mean,self.var,self.n,self.avg_mean,self.avg_var,self.g1,self.g2 = zeros,zeros+1,zeros,zeros,zeros+1,zeros,zeros
-        self.t,self.seen = 0,0
+        self.t,self.seen,self.known = 0,0,[zeros]*4
         self.own,self.noted,self.grads = {},[],[]
 
     @staticmethod
     def col(t, x): return t.view(1,-1,*[1]*(x.ndim-2))
-    def weight_of(self, bs, M): return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
+    def weight_of(self, bs, M, m, v, at):
+        "Of a batch; `at`: mean, variance, count and what is known of innovations, which this moves on"
+        if not isinstance(self.rule, AdaptiveWindow): return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
+        mean,var,count,(n,t,square,last) = at['mean'],at['var'],at['n'],at['known']
+        if t[0]==0: n = torch.full_like(n, bs)
+        if count[0]>0:
+            e = (m-mean)/(var+self.eps)**.5
+            t = t+1
+            square = square+(e**2-square)*max(1/32, 1/t[0])
+            lag = (e*last/(square+1e-12)).clamp(-1, 1)
+            step = max(.01, 1/(t[0]+100)**.5)*lag
+            at['known'] = [(n*(1-step+step**2/2)).clamp(bs, self.rule.samples),t,square,e]
+        return (bs/n).clamp(max=1)
     def average_share(self, bs, rho):
         if self.momentum is None: return rho.new_tensor(1/self.t)
         if not isinstance(self.momentum, AutoMomentum): return rho.new_tensor(self.momentum)
@@ -51,8 +63,8 @@ class DelayedNorm(nn.Module):
         z = x.detach()
         m,v = z.mean(dims),z.var(dims, correction=0)
         self.noted.append((M,m,v,bs))
-        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var, n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen))
-        a = self.weight_of(bs, M)
+        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var, n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen, known=self.known))
+        a = self.weight_of(bs, M, m, v, own)
         own['n'] = (1-a)*own['n']+a*M
         rho = a*M/own['n']
         d = m-own['mean']
@@ -72,7 +84,9 @@ class DelayedNorm(nn.Module):
         m = sum(o[0]*o[1] for o in self.noted)/M
         v = sum(o[0]*(o[2]+(o[1]-m)**2) for o in self.noted)/M
         self.t += 1
-        a = self.weight_of(bs, M)
+        at = dict(mean=self.mean, var=self.var, n=self.n, known=self.known)
+        a = self.weight_of(bs, M, m, v, at)
+        self.known = at['known']
         self.n = (1-a)*self.n+a*M
         rho = a*M/self.n
         d = m-self.mean

@@ -1,7 +1,7 @@
 "The layer once more, with every setting, written out in numpy and float64 over sums, squares and counts: what other tests compare with"
 import numpy as np
 from fastai_runbn.layers import runbn_settings
-from fastai_runbn.moments import AutoMomentum
+from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
 
 def channels(x):
     "`(N,C,*)` as `(C,M)`, float64, without its graph"
@@ -14,10 +14,25 @@ class Oracle:
         self.eps,self.steps,self.seen,self.skipped = eps,0,0,0
         self.S,self.Q,self.n,self.t = (np.zeros(C) for _ in range(4))
         self.rm,self.rv,self.gbar = np.zeros(C),np.ones(C),np.zeros((2,C))
+        self.length,self.compared,self.square,self.last = (np.zeros(C) for _ in range(4))
 
-    def weight(self, bs, M):
-        "Of a batch in the window"
+    def weight(self, bs, M, m):
+        "Of a batch with the means `m` in the window; an adaptive window learns from it"
+        if isinstance(self.window, AdaptiveWindow): return self.adaptive_weight(bs, m)
         return np.full_like(self.t, self.window(bs, M) if callable(self.window) else min(1, bs/self.window))
+
+    def adaptive_weight(self, bs, m):
+        (mean,var),most = self.statistics(),self.window.samples
+        n = np.minimum(np.where(self.compared>0, self.length, bs), most)
+        e,t = (m-mean)/np.sqrt(var+self.eps),self.compared+1
+        square = self.square+np.maximum(1/32, 1/t)*(e*e-self.square)
+        step = np.clip(e*self.last/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)
+        new = np.minimum(np.maximum(n*(1-step+step**2/2), bs), most),t,square,e
+        if not self.held:
+            learns = (self.n>0) & np.isfinite(m)
+            old = self.length,self.compared,self.square,self.last
+            self.length,self.compared,self.square,self.last = (np.where(learns, a, b) for a,b in zip(new, old))
+        return np.minimum(1, bs/n)
 
     def average_share(self, bs, rho):
         "Of a batch in `running_mean` and `running_var`: as BatchNorm's momentum says, if it was set"
@@ -39,8 +54,8 @@ class Oracle:
         with np.errstate(all='ignore'):
             before,self.held = (self.S,self.Q,self.n),self.momentum==0
             ok = np.isfinite(x.sum(1)) & np.isfinite((x*x).sum(1))
-            a = np.where(ok, self.weight(bs, M), 0)
             xs = np.where(ok[:,None], x, 0)
+            a = np.where(ok, self.weight(bs, M, np.where(ok, xs.mean(1), np.nan)), 0)
             self.S,self.Q,self.n = self.S+a*(xs.sum(1)-self.S),self.Q+a*((xs**2).sum(1)-self.Q),self.n+a*(M-self.n)
             rho = np.where(ok, a*M/self.n, 0)
             mean,var = self.statistics()

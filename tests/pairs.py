@@ -36,8 +36,10 @@ def new_state(C, trained=0, floors=(), known=True, alike=False):
     avg = [mean.clone(),var.clone()] if alike else [mean+coarse(C)*trained,var+trained*.5]
     counters = torch.tensor(7*trained),torch.tensor([2*trained]),torch.tensor(0)
     kept = [t.clone() for t in avg] if known else [None,None]
+    innovations = torch.stack((z+16, z+40, coarse(C)**2, coarse(C)))*trained
     return State(mean, var, z-trained, *avg, z+9+7*trained, *counters,
-                 torch.tensor((*floors,0.)).double(), coarse(2,C)*trained, *kept)
+                 torch.tensor((*floors,0.)).double(), coarse(2,C)*trained, *kept,
+                 innovations)
 
 def narrow(state, T):
     "A copy in dtype `T`"
@@ -131,7 +133,7 @@ step_settings = st.fixed_dictionaries(dict(weight=weights, running_grad=shares,
     momentum=st.one_of(st.just(auto_momentum), st.none(), st.floats(.05,1)),
     clamped=st.booleans(), inclusive=st.booleans(), update=st.sampled_from([True,True,True,False]),
     act=st.sampled_from([None,'relu','silu']), clip=st.sampled_from([4.,4.,.5]),
-    clip_max=st.sampled_from([1.,1.,.3,2.])))
+    clip_max=st.sampled_from([1.,1.,.3,2.]), longest=st.sampled_from([None,3.,200.])))
 states = st.fixed_dictionaries(dict(
     trained=st.integers(0,1), known=st.sampled_from([True,True,False]),
     floors=st.lists(st.sampled_from([0.,1e-3,.01,.5,4.,100.]), max_size=12)))

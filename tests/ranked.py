@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint_sequential
 from fastai_runbn.distributed import WindowSync
 from fastai_runbn.distributed import sync_window
-from fastai_runbn.moments import auto_momentum
+from fastai_runbn.moments import AdaptiveWindow,auto_momentum
 from fastai_runbn.surgery import to_bn,to_runbn
 from fastai_runbn.layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d
 
@@ -240,7 +240,7 @@ def wrapped(rank, world, kind):
 
 def local(rank, world, broadcast):
     "`sync=None`: windows before and after a forward, which with `broadcast_buffers` begins with rank 0's"
-    model = small()
+    model = small(window=AdaptiveWindow())
     assert sync_window(model, None) is None
     net = DDP(model, broadcast_buffers=broadcast)
     data = [(share_of(rank, world, x),share_of(rank, world, y)) for x,y in batches(4, 2*world)]

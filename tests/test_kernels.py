@@ -9,6 +9,7 @@ from fastai_runbn.formulas import Formulas,KeptStep,State,Step
 from fastai_runbn.kernels import cpu
 from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
+from fastai_runbn.moments import AdaptiveWindow
 from impls import backends,names,needs_kernels
 from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,
     check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,
@@ -26,11 +27,13 @@ def test_every_call_is_the_formulas(**kw): check_calls(Kernels, **kw)
 @needs_kernels
 @pytest.mark.parametrize('form,layout', [((8,9,9),'contiguous'),((8,37),'last')], ids=str)
 @each_type
-def test_300_steps(dtype, layout, form):
+@pytest.mark.parametrize('longest', [None,60.])
+def test_300_steps(longest, dtype, layout, form):
     "Settings as a layer's, batch sizes that change, the floor from over to under the variance"
     pair = Pair(form[0], dtype, floors=[.5]*20+[.01]*40)
     for i,bs in enumerate(torch.randint(1, 9, (300,)).tolist()):
-        step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3)
+        step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3,
+                    longest=longest)
         pair.step(activations((bs,*form), dtype, layout), step, layout, at=f'step {i}')
 
 @needs_kernels
@@ -499,7 +502,8 @@ def test_version_counters_of_the_statistics(backend):
 @pytest.mark.parametrize('backend', backends)
 def test_version_counters_of_all_that_is_written(backend):
     "All buffers in the forward but the running gradient, which the backward writes; known_* follow"
-    norm,x = RunningBatchNorm2d(4, backend=backend),torch.randn(2,4,3,3)
+    norm = RunningBatchNorm2d(4, backend=backend, window=AdaptiveWindow())
+    x = torch.randn(2,4,3,3)
     def risen(do):
         before = {n:b._version for n,b in norm.named_buffers()}
         res = do()

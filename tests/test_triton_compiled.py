@@ -15,7 +15,7 @@ groups = {
     'bfloat16':('bfloat16', both(one, loop)),
     'float16':('float16', both(one)),
     'odd sizes':('float32', both([2,512,7,7])+few),
-    'settings':('float32', each('silu', 'lesson10', 'momentum', 'cumulative', 'held')),
+    'settings':('float32', each('silu', 'lesson10', 'momentum', 'cumulative', 'held', 'adaptive')),
     'calls':('bfloat16', each('scheduled', 'each', 'no affine', 'no dx', 'unknown', 'parts'))}
 
 @pytest.mark.parametrize('group', groups)

@@ -23,7 +23,7 @@ typedef void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 typedef struct {
     // the plan: what stays the same while settings and sizes do
     i64 type, isa, N, C, S, last, act, samples, flags;       // last: channels last
-    double weight, average, momentum, eps, clip, clip_max, pays;
+    double weight, average, momentum, eps, clip, clip_max, pays, longest;
     // this call
     i64 phases, threads, n_floors;
     double scale;                                            // of the loss
@@ -39,6 +39,7 @@ typedef struct {
     const void *floors;                                      // (n_floors,)
     void *grad;                                              // running gradient (2,C)
     void *known_mean, *known_var;                            // or NULL: not kept
+    void *innovations;                                       // (4,C), see below, or NULL
     // made here
     i64 M, block, D, width, rows, chunks, together, past, left_out, written;
     double floor, fresh_floor, full_floor;
@@ -50,7 +51,8 @@ typedef struct {
 enum { MOMENTS = 1, MERGE = 2, NORMALISE = 4, SUMS = 8, REACT = 16, DX = 32 };  // phases
 enum { LINEAR, RELU, SILU };                                                    // act
 enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32,
-       CLAMPED = 64, RUNNING = 128 };                                           // flags
+       CLAMPED = 64, RUNNING = 128, ADAPTIVE = 256 };                           // flags
+enum { LENGTH, INNOVATIONS, SQUARE, LAST };                                     // rows of innovations
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
 enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // as in Python
@@ -291,6 +293,7 @@ static void F(follow)(call *p, i64 c0, i64 c1) {
     const T *amean = p->avg_mean, *avar = p->avg_var, batches = *p->batches;
     T *mean = p->mean, *var = p->var, *count = p->count, *steps = p->steps, *grad = p->grad;
     T *kmean = p->known_mean, *kvar = p->known_var, *floor = (T *)p->saved + UNPAID * C;
+    T *innovations = p->innovations;
     for (i64 c = c0; c < c1; c++) floor[c] = p->floor;
     if (!kmean || !(memcmp(amean + c0, kmean + c0, bytes) || memcmp(avar + c0, kvar + c0, bytes)))
         return;
@@ -302,14 +305,53 @@ static void F(follow)(call *p, i64 c0, i64 c1) {
         count[c] = trained ? -1 : 0;
         steps[c] = batches > 0 ? HEAD_START + batches : trained ? FULL_STEPS : HEAD_START;
         grad[c] = grad[C + c] = 0;
+        for (i64 row = LENGTH; innovations && row <= LAST; row++) innovations[row * C + c] = 0;
         floor[c] = trained ? p->full_floor : p->fresh_floor;
         __atomic_fetch_or(&p->written, BY_OTHERS | (trained ? TRAINED : 0), __ATOMIC_RELAXED);
+    }
+}
+
+// Weights of the batch in adaptive windows, for channels c0 to c1, into the row of their shares; and
+// what the batch's innovation says of the length of the windows
+static void F(adapt)(call *p, i64 c0, i64 c1) {
+    const i64 C = p->C;
+    const int update = p->flags & UPDATE;
+    const T bs = p->samples, longest = p->longest, eps = p->eps;
+    const T *restrict mean = p->mean, *restrict var = p->var, *restrict count = p->count;
+    T *restrict length = p->innovations, *restrict batches = length + INNOVATIONS * C;
+    T *restrict square = length + SQUARE * C, *restrict last = length + LAST * C;
+    T *restrict s = p->saved, *restrict a = s + SHARE * C;
+    const T *restrict bmean = s + BATCH_MEAN * C, *restrict bvar = s + BATCH_VAR * C;
+    #pragma omp simd
+    for (i64 c = c0; c < c1; c++) {
+        T t = batches[c], n = t > 0 ? length[c] : count[c] < 0 ? longest : bs;
+        n = n < longest ? n : longest;
+        a[c] = bs < n ? bs / n : 1;
+        T e = (bmean[c] - mean[c]) / F(root)(var[c] + eps), t1 = t + 1;
+        T part = 1 / t1;
+        part = part > (T)(1. / 32) ? part : (T)(1. / 32);
+        T square1 = F(between)(square[c], e * e, part);
+        T lag = e * last[c] / (square1 + (T)1e-12);
+        lag = lag > 1 ? 1 : lag;
+        lag = lag < -1 ? -1 : lag;
+        T rate = 1 / F(root)(t1 + 100);
+        T step = lag * (rate > (T).01 ? rate : (T).01);
+        T n1 = n * (1 - step + step * step / 2);
+        n1 = n1 > bs ? n1 : bs;
+        n1 = n1 < longest ? n1 : longest;
+        int learns = update && count[c] != 0 && e * e < (T)INFINITY && bvar[c] < (T)INFINITY;
+        length[c] = learns ? n1 : length[c];
+        batches[c] = learns ? t1 : t;
+        square[c] = learns ? square1 : square[c];
+        last[c] = learns ? e : last[c];
     }
 }
 
 // Merge the batch into window and average, for channels c0 to c1; saves what to normalise with
 static void F(merge)(call *p, i64 c0, i64 c1) {
     F(follow)(p, c0, c1);
+    const int adaptive = p->flags & ADAPTIVE;
+    if (adaptive) F(adapt)(p, c0, c1);
     const i64 C = p->C;
     const int update = p->flags & UPDATE, clipped = p->flags & CLIPPED, floored = p->flags & CLAMPED;
     const int own = p->flags & OWN_AVERAGE, set = p->flags & SET, cum = p->flags & CUMULATIVE;
@@ -327,7 +369,7 @@ static void F(merge)(call *p, i64 c0, i64 c1) {
     i64 bad = 0;
     #pragma omp simd reduction(+:bad)
     for (i64 c = c0; c < c1; c++) {
-        T m = bmean[c], v = bvar[c], a = weights ? weights[c] : weight;
+        T m = bmean[c], v = bvar[c], a = adaptive ? s_share[c] : weights ? weights[c] : weight;
         // the window
         T n0 = count[c], n = (1 - a) * (n0 < -.5f ? M : n0) + a * M, rho = a * M / n;
         T d = m - mean[c], go = rho * d;

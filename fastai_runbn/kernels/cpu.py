@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'MERGE', 'NORMALIZE', 'SUMS', 'REACT', 'DX', 'UPDATE', 'INCLUSIVE', 'CLIPPED', 'OWN_AVERAGE', 'SET',
-           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address', 'threads', 'kernels',
-           'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like', 'as_statistics',
-           'flags_of', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
+           'CUMULATIVE', 'CLAMPED', 'RUNNING', 'ADAPTIVE', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address', 'threads',
+           'kernels', 'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like',
+           'as_statistics', 'flags_of', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
 
 # %% ../../nbs/03_kernels.cpu.ipynb #f6fc5f91
 import ctypes,math
@@ -20,10 +20,10 @@ from ..formulas import Formulas,KeptState,KeptStep,State,Step
 
 # %% ../../nbs/03_kernels.cpu.ipynb #30d45db8
 MOMENTS,MERGE,NORMALIZE,SUMS,REACT,DX = (1<<i for i in range(6))
-UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING = (1<<i for i in range(8))
+UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING,ADAPTIVE = (1<<i for i in range(9))
 NO_MEMORY = 1
-pack_plan = Struct('9q7d').pack  # the two parts of `call` in cpu.c
-pack_call = Struct('3qd24P').pack
+pack_plan = Struct('9q8d').pack  # the two parts of `call` in cpu.c
+pack_call = Struct('3qd25P').pack
 address = Tensor.data_ptr
 threads = torch.get_num_threads
 
@@ -33,7 +33,7 @@ def load()->ctypes.CDLL: # `None` where there are none, or not for this platform
         try: lib = ctypes.CDLL(str(path))
         except OSError: continue
         if not hasattr(lib, 'runbn_size'): continue
-        if lib.runbn_size()!=Struct('9q7d3qd24P').size: continue
+        if lib.runbn_size()!=Struct('9q8d3qd25P').size: continue
         for f in (lib.runbn_forward,lib.runbn_backward): f.argtypes = [ctypes.c_char_p]
         return lib
 
@@ -90,7 +90,8 @@ def flags_of(step)->int:
     return (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
         | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
         | CUMULATIVE*(step.momentum is None)
-        | (CLIPPED|RUNNING)*(torch.is_tensor(running) or running>0))
+        | (CLIPPED|RUNNING)*(torch.is_tensor(running) or running>0)
+        | ADAPTIVE*(step.longest is not None))
 
 def plan(step, shape, dtype, last)->bytes:
     "The first part of `call` in cpu.c; a `KeptStep` has it made once"
@@ -101,11 +102,11 @@ def plan(step, shape, dtype, last)->bytes:
     if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
     res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
         step.samples, flags_of(step), weight, step.average or 0., step.momentum or 0., step.eps,
-        step.clip, step.clip_max, float(step.running_grad))
+        step.clip, step.clip_max, float(step.running_grad), float(step.longest or 0.))
     if type(step) is KeptStep: step.plan = key,res
     return res
 
-_nowhere = [0]*13
+_nowhere = [0]*len(State._fields)
 _step = KeptStep(1, 1.) # where its numbers do not matter
 
 def call(
@@ -137,13 +138,14 @@ def addresses(
     "Addresses of a state that is of the dtype of its window, and contiguous"
     kept = type(state) is KeptState # has all that there is to have
     there = state
-    if not kept: there = [t for t in state if t is not None]
+    if not kept: there = [none if t is None else t for t in state]
     res = list(map(address, there))
     if kept and state.addresses==res: return res # looked at before
     T = state.mean.dtype
-    if not all(t.is_contiguous() and t.dtype in (T,torch.int64) for t in there): return None
+    if not all(t.is_contiguous() and t.dtype in (T,torch.int64) or t is none for t in there):
+        return None
     if kept: state.addresses = res
-    return res+[0]*(len(state)-len(res))
+    return res
 
 def written(tensors):
     "Tell autograd that these were written"
@@ -164,7 +166,9 @@ def merge(phases, step, x, last, tensors, state):
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
-    if step.update: written(state[:9]) # all but floors and what the backward writes
+    if not step.update: return
+    written(state[:9]) # all but floors and what the backward writes
+    if step.longest is not None: written((state.innovations,))
 
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"
@@ -197,7 +201,7 @@ class Kernels(Formulas):
         dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
         weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
         tensors = like(dy, x_, last),weight,bias,dx,saved,dbias,dweight,G
-        state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0
+        state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0,0
         if scale is None: scale = 1.
         call(kernels.runbn_backward, phases, step, x_, last, tensors, state, 0, scale)
         if grad is running: increment_version(running)

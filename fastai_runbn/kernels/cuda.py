@@ -25,7 +25,7 @@ if tuple(int(o) for o in triton.__version__.split('.')[:2])<(3,3):
 MERGE,NORMALIZE,REACT,DX = map(tl.constexpr, (cpu.MERGE,cpu.NORMALIZE,cpu.REACT,cpu.DX))
 UPDATE,INCLUSIVE,CLIPPED = map(tl.constexpr, (cpu.UPDATE,cpu.INCLUSIVE,cpu.CLIPPED))
 OWN_AVERAGE,SET,CUMULATIVE = map(tl.constexpr, (cpu.OWN_AVERAGE,cpu.SET,cpu.CUMULATIVE))
-CLAMPED,RUNNING = map(tl.constexpr, (cpu.CLAMPED,cpu.RUNNING))
+CLAMPED,RUNNING,ADAPTIVE = map(tl.constexpr, (cpu.CLAMPED,cpu.RUNNING,cpu.ADAPTIVE))
 WEIGHT,WEIGHTS,AVERAGE,PAYS,SCALE = map(tl.constexpr, (1,2,4,8,16)) # which numbers are in memory
 LEFT_OUT,BY_OTHERS,TRAINED = map(tl.constexpr, (1,2,4)) # what a program tells of its channels
 HEAD,FULL_STEPS,FULL_SAMPLES = map(tl.constexpr, (head_start,full_steps,full_samples))
@@ -33,7 +33,7 @@ INF = tl.constexpr(math.inf)
 
 # Read a channel at a time: where they are aligned is no reason to compile again
 unaligned = ('saved weight bias mean var count avg_mean avg_var steps batches seen skipped floors '
-    'grad known_mean known_var part tickets a average pays scale G dbias dweight').split()
+    'grad known_mean known_var innovations part tickets a average pays scale G dbias dweight').split()
 
 # %% ../../nbs/03_kernels.cuda.ipynb #fb3190da
 @triton.jit
@@ -142,7 +142,7 @@ def _between(a, b, t):
 def _differ(now, known): return (now!=known) & ((now==now)|(known==known))
 
 @triton.jit
-def _follow(window, average, known, batches, seen, grad, c, C):
+def _follow(window, average, known, batches, seen, grad, innovations, c, C):
     "Channels whose average others have written start from that, as in `seed`; what to tell of it"
     mean,var,count = window
     avg_mean,avg_var,steps = average
@@ -156,25 +156,52 @@ def _follow(window, average, known, batches, seen, grad, c, C):
     seen = tl.where(new, tl.where(trained, FULL_SAMPLES, 0), seen)
     tl.store(grad+c, tl.zeros_like(mean), mask=new)
     tl.store(grad+C+c, tl.zeros_like(mean), mask=new)
+    if innovations is not None:
+        for row in range(4): tl.store(innovations+row*C+c, tl.zeros_like(mean), mask=new)
     tell = tl.max(tl.where(new, tl.where(trained, BY_OTHERS|TRAINED, BY_OTHERS), 0), 0)
-    return mean,var,count,steps,seen,tell
+    return mean,var,count,steps,seen,tell,new
+
+@triton.jit
+def _adapt(m, v, mean, var, count, innovations, c, C, bs, longest, eps, new, FLAGS:tl.constexpr):
+    "`adapt` of moments.py: weight of the batch; `new`: channels that start anew"
+    length,t = _per_channel(innovations, c, C, 1.),_per_channel(innovations+C, c, C, 1.)
+    square,last = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
+    t = tl.where(new, 0., t)
+    square,last = tl.where(new, 0., square),tl.where(new, 0., last)
+    n = tl.where(t>0., length, tl.where(count<0., longest, bs))
+    n = tl.minimum(n, longest)
+    a = tl.where(bs<n, bs/n, 1.)
+    e,t1 = (m-mean)*tl.rsqrt(var+eps),t+1.
+    square1 = _between(square, e*e, tl.maximum(1./t1, 1./32))
+    lag = tl.minimum(tl.maximum(e*last/(square1+1e-12), -1.), 1.)
+    step = lag*tl.maximum(tl.rsqrt(t1+100.), .01)
+    n1 = tl.minimum(tl.maximum(n*(1.-step+step*step/2.), bs), longest)
+    if UPDATE & FLAGS:
+        learns = (c<C) & (count!=0.) & (e*e<INF) & (v<INF)
+        tl.store(innovations+c, n1, mask=learns)
+        tl.store(innovations+C+c, t1, mask=learns)
+        tl.store(innovations+2*C+c, square1, mask=learns)
+        tl.store(innovations+3*C+c, e, mask=learns)
+    return a
 
 @triton.jit
 def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:tl.constexpr):
     "`merge` of formulas.py: what to normalise with, and what to tell of the channels"
     (to_mean,to_var,to_count,to_avg_mean,to_avg_var,to_steps,at_batches,at_seen,_,floors,grad,
-        to_known_mean,to_known_var) = state
-    a,average,momentum,eps,clip,clip_max,samples,last_floor = numbers
+        to_known_mean,to_known_var,innovations) = state
+    a,average,momentum,eps,clip,clip_max,longest,samples,last_floor = numbers
     mean,var = _per_channel(to_mean, c, C, 0.),_per_channel(to_var, c, C, 1.)
     avg_mean,avg_var = _per_channel(to_avg_mean, c, C, 0.),_per_channel(to_avg_var, c, C, 1.)
     count,steps = _per_channel(to_count, c, C, -1.),_per_channel(to_steps, c, C, 9.)
     batches,seen = tl.load(at_batches)+tl.zeros_like(mean),tl.load(at_seen)+tl.zeros_like(c)
-    tell = 0
+    tell,new = 0,c<0
     if to_known_mean is not None:
-        mean,var,count,steps,seen,tell = _follow((mean,var,count), (avg_mean,avg_var,steps),
-            (to_known_mean,to_known_var), batches, seen, grad, c, C)
+        mean,var,count,steps,seen,tell,new = _follow((mean,var,count), (avg_mean,avg_var,steps),
+            (to_known_mean,to_known_var), batches, seen, grad, innovations, c, C)
     # the window
-    if WEIGHTS & IN_MEMORY: a = _per_channel(a, c, C, 1.)
+    if ADAPTIVE & FLAGS:
+        a = _adapt(m, v, mean, var, count, innovations, c, C, samples*1., longest, eps, new, FLAGS)
+    elif WEIGHTS & IN_MEMORY: a = _per_channel(a, c, C, 1.)
     else: a = _number(a, WEIGHT & IN_MEMORY)
     n = (1.-a)*tl.where(count<-.5, M*1., count)+a*M
     share = a*M/n
@@ -272,14 +299,14 @@ def _finish(m, squares, c, C, M, saved, tickets, state, numbers, IN_MEMORY:tl.co
     mean,var = m,v
     if MERGE & PHASES:
         mean,var,tell = _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY, FLAGS)
-        _count_batch(tell, tickets, state, numbers[6], FLAGS)
+        _count_batch(tell, tickets, state, numbers[7], FLAGS)
     return mean,var
 
 @triton.jit(do_not_specialize_on_alignment=unaligned, do_not_specialize=['samples','last_floor'])
 def runbn_forward(x, y, saved, weight, bias,
                   mean, var, count, avg_mean, avg_var, steps, batches, seen, skipped, floors, grad,
-                  known_mean, known_var, part, tickets,
-                  a, average, momentum, eps, clip, clip_max, samples, last_floor, C, S, M, chunk,
+                  known_mean, known_var, innovations, part, tickets,
+                  a, average, momentum, eps, clip, clip_max, longest, samples, last_floor, C, S, M, chunk,
                   BLOCK:tl.constexpr, CHANNELS:tl.constexpr, CHUNKS:tl.constexpr,
                   ONE:tl.constexpr, LAST:tl.constexpr, IN_MEMORY:tl.constexpr,
                   PHASES:tl.constexpr, FLAGS:tl.constexpr, ACT:tl.constexpr):
@@ -287,8 +314,8 @@ def runbn_forward(x, y, saved, weight, bias,
     c = tl.program_id(0)*CHANNELS + tl.arange(0, CHANNELS)
     k = tl.program_id(1)
     state = (mean,var,count,avg_mean,avg_var,steps,batches,seen,skipped,floors,grad,known_mean,
-        known_var)
-    numbers = a,average,momentum,eps,clip,clip_max,samples,last_floor
+        known_var,innovations)
+    numbers = a,average,momentum,eps,clip,clip_max,longest,samples,last_floor
     lo,hi = k*chunk,tl.minimum(M, (k+1)*chunk)
     if ONE:
         at,ok = _tile(0, M, c, C, S, BLOCK, LAST)
@@ -531,7 +558,8 @@ def plan_for(step, x, last):
     if made is not None and made[0]==key: return made[1]
     def number(o): return _dense(o) if torch.is_tensor(o) else float(o or 0)
     a,average,pays = map(number, (step.weight,step.average,step.running_grad))
-    numbers = a,average,float(step.momentum or 0),step.eps,step.clip,step.clip_max,step.samples
+    numbers = (a, average, float(step.momentum or 0), step.eps, step.clip, step.clip_max,
+        float(step.longest or 0), step.samples)
     where = ((WEIGHT,torch.is_tensor(a)), (WEIGHTS,torch.is_tensor(a) and a.numel()>1),
         (AVERAGE,torch.is_tensor(average)), (PAYS,torch.is_tensor(pays)))
     in_memory = sum(bit.value for bit,there in where if there)
@@ -592,7 +620,7 @@ class TritonKernels(Formulas):
             and all(t is None or t.is_contiguous() for t in state))
 
     @classmethod
-    def _forward(cls, phases, x, last, weight, bias, saved, step, state=(None,)*13):
+    def _forward(cls, phases, x, last, weight, bias, saved, step, state=(None,)*14):
         "A launch of `runbn_forward`, or two; returns y, if `phases` say so"
         (how,numbers,_,in_memory),first = plan_for(step, x, last),state[0]
         later = how.split and phases&cpu.NORMALIZE
@@ -604,10 +632,11 @@ class TritonKernels(Formulas):
         if how.split or first is not None: own = tickets(x.device, first, 2+how.grid[0])
         args = (x, y, saved, _dense(weight), _dense(bias), *state, part, own, *numbers, last_floor,
             *how.sizes)
-        kinds = map(_kind, (weight,bias,state[3],state[11],*numbers[:2]))
+        kinds = map(_kind, (weight,bias,state[3],state[11],state[13],*numbers[:2]))
         constants = *how.whole,in_memory,phases,*how.options
         how.launch(runbn_forward, (_aligned(x),*kinds), args, constants)
-        if first is not None and step.update: written(state[:9])
+        if first is not None and step.update:
+            written(state[:9] if step.longest is None else (*state[:9],state[13]))
         return cls.normalize(x, weight, bias, saved, step) if later else y
 
     @classmethod
