@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
-from .moments import batch_moments,trust,window_weight
+from .moments import AdaptiveWindow,Innovations,batch_moments,trust,window_weight
 from .surgery import surgery_report
 
 # %% ../nbs/11_interpret.ipynb #59a1e2d1
@@ -110,6 +110,13 @@ class RunBNInterpretation:
         return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
 
 # %% ../nbs/11_interpret.ipynb #270fa9b8
+def _weight(m, bs, M):
+    "Of the next batch in the window of `m`; where each channel finds its length, by the median one"
+    if not isinstance(m.window, AdaptiveWindow): return window_weight(m.window, bs, M)
+    known = Innovations(*m.window_innovations)
+    if not known.batches.any(): return 1. # as the second batch has, too
+    return min(1., bs/known.length.median().item())
+
 def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
@@ -117,9 +124,9 @@ def _share(m, bs):
     rows,samples,_ = m.last_batch or (0,0,0)
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
     if n<0 or bs is None: return math.nan,math.nan
-    young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
+    young,M = m.samples_seen<2**40 and not isinstance(m.window, AdaptiveWindow), n # young: it started empty, with a count of 0, which is too small still; an adaptive one is full after a batch
     for _ in range(6):                # the weight is a function of M in turn
-        a = window_weight(m.window, bs, M)
+        a = _weight(m, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M)),float(M)
 

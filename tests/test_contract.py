@@ -13,7 +13,7 @@ from fastai.basics import Callback,CancelStepException,CrossEntropyLossFlat,Data
 from fastai_runbn import all as public
 from fastai_runbn.all import FilterMeans,RunBNCallback,RunBNInterpretation,RunningBatchNorm1d,RunningBatchNorm2d,follow_scaler,set_batch_size,surgery_report,to_bn,to_runbn
 from impls import backends
-from fastai_runbn.moments import AutoMomentum
+from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
 
 def norm(): return RunningBatchNorm2d(3, dtype=torch.float64)
 def batch(bs=2, c=3, size=6): return torch.randn(bs,c,size,size, dtype=torch.float64)*2+1
@@ -711,7 +711,7 @@ def test_accelerate_with_a_scaler():
 
 def test_a_star_import_brings_what_a_user_types():
     names = {n for n in vars(public) if not n.startswith('_')}
-    assert names=={'FilterMeans','GraphCallback','GraphedForward','LESSON10','RunBNCallback',
+    assert names=={'AdaptiveWindow','FilterMeans','GraphCallback','GraphedForward','LESSON10','RunBNCallback',
         'RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d',
         'RunningBatchNorm2d','RunningBatchNorm3d','SampleWindow','WarmupClamp','follow_scaler',
         'from_lesson10','lesson10_weight','register_norm','set_batch_size','surgery_report',
@@ -772,6 +772,22 @@ def test_timms_layer_drops_what_it_is_told_to():
     assert layer(torch.randn(2,4,3,3)).abs().max()==0
     layer.drop = nn.Identity()
     assert layer(torch.randn(2,4,3,3)).max()>0
+
+@pytest.mark.parametrize('backend', backends)
+def test_an_adaptive_window_forgets_channel_by_channel(backend):
+    "What it knows of a channel is of the statistics that the channel had"
+    layer = RunningBatchNorm2d(3, backend=backend, window=AdaptiveWindow())
+    for t in range(20): layer(torch.randn(4,3,5,5)+t/5)
+    known,length = layer.window_innovations.clone(),layer.window_innovations[0,0]
+    assert (known[1]==19).all() and length<50
+    layer.running_mean[1] += 7
+    x = torch.randn(4,3,5,5)
+    layer(x)
+    assert layer.window_innovations[1].tolist()==[20,1,20]
+    torch.testing.assert_close(layer.window_mean[1], layer.known_mean[1], rtol=1, atol=1)
+    assert layer.window_innovations[0,1]==200 # the longest, as of a trained model
+    layer.reset_running_stats()
+    assert not layer.window_innovations.any()
 
 @pytest.mark.parametrize('backend', backends)
 def test_the_window_follows_channel_by_channel(backend):

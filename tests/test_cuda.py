@@ -11,6 +11,7 @@ from fastai_runbn.bench.quality import trial
 from fastai_runbn.callback import RunBNCallback
 from fastai_runbn.graph import GraphedForward
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
+from fastai_runbn.moments import AdaptiveWindow
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from fastai_runbn.surgery import to_runbn
 from learners import make,running
@@ -24,7 +25,7 @@ forms = {'(N,C)':(RunningBatchNorm1d,(),None), '(N,C,L)':(RunningBatchNorm1d,(30
          'large':(RunningBatchNorm2d,(130,90),None), 'large channels_last':(RunningBatchNorm2d,(130,90),torch.channels_last),
          '3d':(RunningBatchNorm3d,(6,5,7),None), 'channels_last_3d':(RunningBatchNorm3d,(6,5,7),torch.channels_last_3d)}
 every_form = pytest.mark.parametrize('form', forms)
-all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None, clamp=None), dict(affine=False)], ids=['default','lesson10','cumulative','not affine'])
+all_settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow(30)), LESSON10, dict(momentum=None, clamp=None), dict(affine=False)], ids=['default','adaptive','lesson10','cumulative','not affine'])
 
 def batches(form, n, dtype, sizes=(2,1,4,3,8)):
     "`n` batches of changing size, and gradients of the same layout"

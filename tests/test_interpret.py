@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 from torch import nn
 from fastai_runbn.all import RunBNCallback,RunBNInterpretation,RunBNRecorder,to_runbn
 from fastai_runbn.layers import default_window
-from fastai_runbn.moments import lesson10_weight
+from fastai_runbn.moments import AdaptiveWindow,lesson10_weight
 from learners import assert_same,fit,make,running,trained_stats
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,16 @@ def test_rho_is_what_the_next_batch_gets():
             x = torch.randn(2,3,4).double()
             net(x)
             assert ((net[0].window_mean-old)/(x.mean((0,2))-old)).tolist() == pytest.approx([rho]*3, rel=2e-3), t
+
+def test_rho_of_an_adaptive_window_is_that_of_its_median_channel():
+    net = to_runbn(nn.Sequential(nn.BatchNorm1d(5)), window=AdaptiveWindow(50)).double()
+    for t in range(300):
+        rho = RunBNInterpretation(net, bs=2).table().rho.item() if t%20<2 else None
+        x,old = torch.randn(2,5,4).double()+torch.tensor([0,0,.1,.5,1]).view(1,5,1)*t,net[0].window_mean.clone()
+        net(x)
+        got = (net[0].window_mean-old)/(x.mean((0,2))-old)
+        if rho: assert got.median().item()==pytest.approx(rho, rel=1e-6), t
+    assert got[3:].min()>3*got[0]   # what moves has a shorter window
 
 def test_wrapped_models():
     net = to_runbn(nn.Sequential(nn.BatchNorm2d(3)))

@@ -5,7 +5,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
-from fastai_runbn.moments import SampleWindow
+from fastai_runbn.moments import AdaptiveWindow,SampleWindow
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def train(layer, x):
     y = layer(x)
     y.backward(torch.ones_like(y))
 
-settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None), dict(window=SampleWindow(20), clamp=None, persistent_window=True)], ids=['default','lesson10','cumulative','window'])
+settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow()), LESSON10, dict(momentum=None), dict(window=SampleWindow(20), clamp=None, persistent_window=True)], ids=['default','adaptive','lesson10','cumulative','window'])
 
 @settings
 @pytest.mark.parametrize('how', ['plain','checkpointed'])

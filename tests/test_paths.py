@@ -7,6 +7,7 @@ from fastai_runbn import layers
 from fastai_runbn.formulas import Formulas
 from fastai_runbn.kernels.aten import SyncBatchNormParts
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
+from fastai_runbn.moments import AdaptiveWindow
 from fastai_runbn.kernels import cpu
 from fastai_runbn.surgery import surgery_report,to_runbn
 from impls import names,needs_kernels
@@ -53,7 +54,7 @@ def steps(layers, n=30, C=5, space=(6,4), dtype=torch.float64, fmt=torch.contigu
 def same(a, b, tol=1e-9):
     for p,q in zip(a, b, strict=True): torch.testing.assert_close(p, q, rtol=tol, atol=tol)
 
-all_settings = pytest.mark.parametrize('settings', [{}, LESSON10, dict(momentum=None, running_grad=1., clamp=None)], ids=['default','lesson10','cumulative'])
+all_settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow(30)), LESSON10, dict(momentum=None, running_grad=1., clamp=None)], ids=['default','adaptive','lesson10','cumulative'])
 
 @all_settings
 @pytest.mark.parametrize('fmt', formats)

@@ -45,12 +45,14 @@ def test_every_form_and_grid(shape, dtype, layout, plan):
 
 @each_layout
 @pytest.mark.parametrize('plan', ['as planned','split'])
-def test_30_steps(layout, plan):
+@pytest.mark.parametrize('longest', [None,60.])
+def test_30_steps(longest, layout, plan):
     "Settings as a layer's, batch sizes that change, the floor from over to under the variance"
     pair = Pair(3, T32, kernels=TritonKernels, floors=[.5]*20+[.01]*40)
     with planned(plan):
         for i,bs in enumerate(torch.randint(1, 9, (30,)).tolist()):
-            step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3)
+            step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3,
+                        longest=longest)
             pair.step(activations((bs,3,4,3), T32, layout), step, layout, at=f'step {i}')
 
 @pytest.mark.parametrize('plan', ['as planned','split'])

@@ -21,6 +21,7 @@ ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
+adapts = ['tests/test_distributed.py','-k','adaptive']
 contract = ['tests/test_contract.py','-k','not compiled and not point_net and not lightning and not accelerate and not scale']
 adds = ['tests/test_add_up.py','-k','several_backwards or any_order or found_again']
 scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
@@ -29,6 +30,16 @@ scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or flo
 mutations = [
     ("the batch's weight taken for its share ρ", 'moments', 'return count, added/count',
         'return count, a*torch.ones_like(count)', formulas),
+    ('innovations in deviations of the batch, not of the window', 'moments',
+        'e = (m-mean)*(var+eps).rsqrt()', 'e = (m-mean)*(v+eps).rsqrt()', formulas),
+    ('a window learns from a batch that is not finite', 'moments',
+        '(count!=0) & (e*e<math.inf) & (v<math.inf)', '(count!=0)', formulas),
+    ('a window that lags grows longer', 'moments', 'n*(1-step+step*step/2)',
+        'n*(1+step+step*step/2)', formulas),
+    ('what is known of innovations stays where others write', 'formulas',
+        'seeds = *seeds,(s.innovations,0.)', 'pass', contract),
+    ('ranks: an adaptive window that learns nothing', 'distributed',
+        'torch.where((longest>0)&(bs>0), known, old.innovations)', 'old.innovations', adapts),
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '',
         formulas),
     ('unbiased batch variance', 'moments', 'correction=0',
@@ -179,7 +190,9 @@ mutations = [
     ('the scale of a loss stays after its backward', 'functional',
         'Variable._execution_engine.queue_callback(cls.end)', 'pass', ends),
     ('kernel: the version counters of the statistics stay', 'kernels/cpu',
-        'if step.update: written(state[:9])', 'pass', versions),
+        'written(state[:9]) # all', 'pass # all', versions),
+    ('kernel: the version counter of innovations stays', 'kernels/cpu',
+        'if step.longest is not None: written((state.innovations,))', 'pass', versions),
     ('kernel: the version counter of the running gradient stays', 'kernels/cpu',
         'if grad is running: increment_version(running)', 'if grad is running: pass', versions),
     ('how is not chosen anew where a setting has changed', 'layers', 'type(momentum), *settings)',
@@ -251,6 +264,11 @@ in_triton = [
     ('Triton: the window not seeded from what others wrote', 'kernels/cuda',
         'mean,var = tl.where(new, avg_mean, mean),tl.where(new, avg_var, var)',
         'mean,var = mean,var', others),
+    ('Triton: what is known of innovations stays where others write', 'kernels/cuda',
+        'square,last = tl.where(new, 0., square),tl.where(new, 0., last)', 'square = square',
+        others),
+    ('Triton: a window that lags grows longer', 'kernels/cuda', 'n*(1.-step+step*step/2.)',
+        'n*(1.+step+step*step/2.)', triton),
     ('Triton: a debt paid twice', 'kernels/cuda', '_put(saved+6*C, c, C, tl.zeros_like(share))',
         'pass', triton),
     ('Triton: the scale of the loss left in the running gradient', 'kernels/cuda', 'left2+G2/by',
@@ -325,6 +343,12 @@ in_c = [
         'update && g1 - g1 == 0 ? new1 : old1', 'g1 - g1 == 0 ? new1 : old1', kernels),
     ('C: a held layer updates its statistics', 'kernels/cpu.c',
         'mean[c] = update ? mean1 : mean[c];', 'mean[c] = mean1;', kernels),
+    ('C: a window that lags grows longer', 'kernels/cpu.c', 'n * (1 - step + step * step / 2)',
+        'n * (1 + step + step * step / 2)', kernels),
+    ('C: a window learns from a batch that is not finite', 'kernels/cpu.c',
+        ' && e * e < (T)INFINITY && bvar[c] < (T)INFINITY', '', kernels),
+    ('C: a held layer learns of its windows', 'kernels/cpu.c', 'learns = update && count',
+        'learns = count', kernels),
     ('C: a held layer counts', 'kernels/cpu.c', 'if (update) {', 'if (1) {', kernels),
     ('C: a mean that others have changed not noticed', 'kernels/cpu.c',
         'memcmp(amean + c0, kmean + c0, bytes) || ', '', kernels),
