@@ -166,7 +166,7 @@ def _adapt(m, v, mean, var, count, innovations, c, C, bs, longest, eps, new, FLA
     "`adapt` of moments.py: weight of the batch; `new`: channels that start anew"
     length,t = _per_channel(innovations, c, C, 1.),_per_channel(innovations+C, c, C, 1.)
     square,last = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
-    t = tl.where(new, 0., t)
+    t = tl.where(new, 0., t) # which may not be there yet, where another thread wrote it
     square,last = tl.where(new, 0., square),tl.where(new, 0., last)
     n = tl.where(t>0., length, tl.where(count<0., longest, bs))
     n = tl.minimum(n, longest)
