@@ -16,9 +16,8 @@ from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
-from .moments import AdaptiveWindow,AutoMomentum,SampleWindow,adapt,auto_momentum
-from .moments import average_share,head_start
-from .moments import lesson10_weight,merge_moments,trust,window_share,window_weight
+from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
+from .moments import merge_moments,own_windows,takes_tensors,trust,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
@@ -28,6 +27,7 @@ from .layers import RunningBatchNormMixin
 _flat_names = ('window_mean','window_var','window_count','running_mean','running_var',
     'eval_steps') # `(C,)` each
 _row_names = 'window_grad','window_innovations' # several rows
+_channels = len(_flat_names)+len(_row_names) # items of `_Flat` that are per channel
 _number_names = 'num_batches_tracked','samples_seen','skipped_batches' # one value each
 
 class _Flat(NamedTuple):
@@ -144,8 +144,7 @@ def add_gradients(self:_Pack, sums, notes, like):
 # %% ../nbs/09_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by a `window` setting; a user's function looks at values"
-    known = type(rule) in (SampleWindow,AdaptiveWindow) or rule is lesson10_weight
-    if callable(rule) and not known:
+    if not takes_tensors(rule):
         sizes = zip(bs.tolist(), M.tolist())
         return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
     return window_weight(rule, bs, M)
@@ -199,8 +198,9 @@ def adapted(self:_Pack, a, rules, old, m, v, bs):
     if not any(lengths): return a,old.innovations
     longest,bs = self.expand(torch.stack((torch.stack([_number(n, a) for n in lengths]), bs)))
     eps = self.expand(torch.stack([_number(l.eps, a) for l in self.layers]))
-    found,known = adapt(old.innovations, old.count, old.mean, old.var, m, v, bs, longest, eps)
-    return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), known, old.innovations)
+    window = old.count,old.mean,old.var
+    found,new = adapt(old.innovations, window, (m,v), bs, longest, eps)
+    return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
 
 @patch
 def merge(self:_Pack, old, sums, head, rules):
@@ -226,7 +226,8 @@ def merge(self:_Pack, old, sums, head, rules):
     new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))
     left_out = self.expand(M)>n*ok
     skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
-    new = _Flat(*new, old.grad, innovations, old.batches+(calls>0), old.seen+bs.long(), old.skipped+skipped)
+    counters = old.batches+(calls>0),old.seen+bs.long(),old.skipped+skipped
+    new = _Flat(*new, old.grad, innovations, *counters)
     return new,m,v,torch.where(ok, rho, 0)
 
 @patch
@@ -237,8 +238,8 @@ def unless_changed(self:_Pack, new):
     if where.is_cpu and not where.any(): return new
     for l,c in zip(self.layers, changed): l.seed_window(c)
     now = self.read()
-    per_channel = [torch.where(where, a, b) for a,b in zip(now[:8], new[:8])]
-    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[8:], new[8:])]
+    per_channel = [torch.where(where, a, b) for a,b in zip(now[:_channels], new[:_channels])]
+    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[_channels:], new[_channels:])]
     return _Flat(*per_channel, *per_layer)
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb
@@ -274,7 +275,7 @@ class WindowSync(OwnWindow, Joinable):
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
     def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,type(None))) or type(o) in (SampleWindow,AdaptiveWindow)
+        kept = isinstance(o, (int,float,str,tuple,type(None),*own_windows))
         return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}
@@ -461,8 +462,8 @@ def opened(self:StepSync):
             f = f._replace(count=f.count/self.world, steps=steps)
             dtypes = {l.window_mean.dtype for l in self.pack.layers}
             one = dtypes.pop() if len(dtypes)==1 else torch.float64
-            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:8]]
-            parts = zip(*wide, *[t.clone().split(1) for t in f[8:]])
+            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:_channels]]
+            parts = zip(*wide, *[t.clone().split(1) for t in f[_channels:]])
             self.local = {}
             for l,(*wide,batches,seen,skipped) in zip(self.pack.layers, parts):
                 *wide,grad,known = [t.to(l.window_mean.dtype).contiguous() for t in wide]

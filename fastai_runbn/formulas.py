@@ -152,7 +152,7 @@ def merge(
     m,v,old_mean,old_var = [t.to(s.mean.dtype) for t in (m,v,s.avg_mean,s.avg_var)]
     weight = step.weight
     if step.longest is not None:
-        weight,known = adapt(s.innovations, s.count, s.mean, s.var, m, v, step.samples,
+        weight,innovations = adapt(s.innovations, (s.count,s.mean,s.var), (m,v), step.samples,
             step.longest, step.eps)
     count,share = window_share(s.count, M, weight)
     mean,var = merge_moments(s.mean, s.var, m, v, share)
@@ -171,7 +171,7 @@ def merge(
         s.avg_mean.copy_(torch.where(avg_ok, avg_mean, old_mean))
         s.avg_var.copy_(torch.where(avg_ok, avg_var, old_var))
         s.steps.add_(avg_ok)
-        if step.longest is not None: s.innovations.copy_(known)
+        if step.longest is not None: s.innovations.copy_(innovations)
         if s.known_mean is not None:
             s.known_mean.copy_(s.avg_mean)
             s.known_var.copy_(s.avg_var)

@@ -72,8 +72,8 @@ _step_schema = ('SymInt samples, Tensor step_weight, Tensor? average, float? mom
     'Tensor? running_grad, float eps, bool clamped, bool inclusive, bool update, float clip, '
     'float clip_max, float? longest, str backend')
 _state_schema = (', '.join(f'Tensor({n}!) {n}' for n in State._fields[:9])
-    + ', Tensor floors, Tensor grad, Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var, '
-    'Tensor(innovations!)? innovations')
+    + ', Tensor floors, Tensor grad, Tensor(known_mean!)? known_mean, Tensor(known_var!)? known_var'
+    ', Tensor(innovations!)? innovations')
 _schemas = dict(
     statistics=f'(Tensor x, {_state_schema}, {_step_schema}) -> Tensor',
     reaction='(Tensor dy, Tensor x, Tensor saved, Tensor(running!) running, Tensor? scale, '

@@ -110,13 +110,6 @@ class RunBNInterpretation:
         return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
 
 # %% ../nbs/11_interpret.ipynb #270fa9b8
-def _weight(m, bs, M):
-    "Of the next batch in the window of `m`; where each channel finds its length, by the median one"
-    if not isinstance(m.window, AdaptiveWindow): return window_weight(m.window, bs, M)
-    known = Innovations(*m.window_innovations)
-    if not known.batches.any(): return 1. # as the second batch has, too
-    return min(1., bs/known.length.median().item())
-
 def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
@@ -124,9 +117,12 @@ def _share(m, bs):
     rows,samples,_ = m.last_batch or (0,0,0)
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
     if n<0 or bs is None: return math.nan,math.nan
-    young,M = m.samples_seen<2**40 and not isinstance(m.window, AdaptiveWindow), n # young: it started empty, with a count of 0, which is too small still; an adaptive one is full after a batch
+    if isinstance(m.window, AdaptiveWindow): # full after a batch; the share of the median channel
+        known = Innovations(*m.window_innovations)
+        return (min(1., bs/known.length.median().item()) if known.batches.any() else 1.),n
+    young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
     for _ in range(6):                # the weight is a function of M in turn
-        a = _weight(m, bs, M)
+        a = window_weight(m.window, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M)),float(M)
 

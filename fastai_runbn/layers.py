@@ -17,8 +17,8 @@ from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
-from fastai_runbn.moments import (AdaptiveWindow,SampleWindow,at_most_1,auto_momentum,lesson10_weight,trust,
-    window_weight)
+from .moments import (AdaptiveWindow,SampleWindow,at_most_1,auto_momentum,lesson10_weight,
+    own_windows,takes_tensors,trust,window_weight)
 from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
@@ -239,7 +239,7 @@ def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, e
     longest = window.samples if isinstance(window, AdaptiveWindow) else None
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
         inclusive, update, act, longest=longest)
-_constants = int,float,SampleWindow,AdaptiveWindow # settings that are no tensors, which a schedule changes
+_constants = int,float,*own_windows # settings that are no tensors, which a schedule changes
 _settings_of = itemgetter('window', 'running_grad', 'momentum', 'eval_window', 'eps', 'clamp',
     'clamp_inclusive', 'track_running_stats', 'backend')
 
@@ -364,8 +364,7 @@ class RunningBatchNormMixin(WindowBuffers):
         window,bs,M = self.window,self._samples(x),x.numel()//x.shape[1]
         sizes = bs,M,self.keeper.pooled(M)
         if torch.compiler.is_compiling(): # numbers would be compiled in
-            known = type(window) in (SampleWindow,AdaptiveWindow) or window is lesson10_weight
-            if known or not callable(window):
+            if takes_tensors(window):
                 sizes = [self.window_mean.new_full((), n) for n in sizes]
         return _step(bs, *sizes, window, self.running_grad, self.momentum, self.eval_window,
             self.eps, bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)

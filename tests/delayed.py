@@ -41,8 +41,9 @@ class DelayedNorm(nn.Module):
     @staticmethod
     def col(t, x): return t.view(1,-1,*[1]*(x.ndim-2))
     def weight_of(self, bs, M, m, v, at):
-        "Of a batch; `at`: mean, variance, count and what is known of innovations, which this moves on"
-        if not isinstance(self.rule, AdaptiveWindow): return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
+        "Of a batch; `at`: mean, variance, count and `Innovations`, which this moves on"
+        if not isinstance(self.rule, AdaptiveWindow):
+            return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
         mean,var,count,(n,t,square,last) = at['mean'],at['var'],at['n'],at['known']
         if t[0]==0: n = torch.full_like(n, bs)
         if count[0]>0:
@@ -63,7 +64,8 @@ class DelayedNorm(nn.Module):
         z = x.detach()
         m,v = z.mean(dims),z.var(dims, correction=0)
         self.noted.append((M,m,v,bs))
-        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var, n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen, known=self.known))
+        own = self.own.setdefault(self.rank, dict(mean=self.mean, var=self.var,
+            n=self.n/self.world, g1=self.g1, g2=self.g2, seen=self.seen, known=self.known))
         a = self.weight_of(bs, M, m, v, own)
         own['n'] = (1-a)*own['n']+a*M
         rho = a*M/own['n']

@@ -14,7 +14,7 @@ class Oracle:
         self.eps,self.steps,self.seen,self.skipped = eps,0,0,0
         self.S,self.Q,self.n,self.t = (np.zeros(C) for _ in range(4))
         self.rm,self.rv,self.gbar = np.zeros(C),np.ones(C),np.zeros((2,C))
-        self.length,self.compared,self.square,self.last = (np.zeros(C) for _ in range(4))
+        self.known = np.zeros((4,C)) # length, innovations so far, their mean square, the last one
 
     def weight(self, bs, M, m):
         "Of a batch with the means `m` in the window; an adaptive window learns from it"
@@ -23,15 +23,14 @@ class Oracle:
 
     def adaptive_weight(self, bs, m):
         (mean,var),most = self.statistics(),self.window.samples
-        n = np.minimum(np.where(self.compared>0, self.length, bs), most)
-        e,t = (m-mean)/np.sqrt(var+self.eps),self.compared+1
-        square = self.square+np.maximum(1/32, 1/t)*(e*e-self.square)
-        step = np.clip(e*self.last/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)
+        n,t,square,last = self.known
+        n = np.minimum(np.where(t>0, n, bs), most)
+        e,t = (m-mean)/np.sqrt(var+self.eps),t+1
+        square = square+np.maximum(1/32, 1/t)*(e*e-square)
+        step = np.clip(e*last/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)
         new = np.minimum(np.maximum(n*(1-step+step**2/2), bs), most),t,square,e
         if not self.held:
-            learns = (self.n>0) & np.isfinite(m)
-            old = self.length,self.compared,self.square,self.last
-            self.length,self.compared,self.square,self.last = (np.where(learns, a, b) for a,b in zip(new, old))
+            self.known = np.where((self.n>0) & np.isfinite(m), new, self.known)
         return np.minimum(1, bs/n)
 
     def average_share(self, bs, rho):

@@ -711,8 +711,8 @@ def test_accelerate_with_a_scaler():
 
 def test_a_star_import_brings_what_a_user_types():
     names = {n for n in vars(public) if not n.startswith('_')}
-    assert names=={'AdaptiveWindow','FilterMeans','GraphCallback','GraphedForward','LESSON10','RunBNCallback',
-        'RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d',
+    assert names=={'AdaptiveWindow','FilterMeans','GraphCallback','GraphedForward','LESSON10',
+        'RunBNCallback','RunBNInterpretation','RunBNRecorder','RunBNSchedule','RunningBatchNorm1d',
         'RunningBatchNorm2d','RunningBatchNorm3d','SampleWindow','WarmupClamp','follow_scaler',
         'from_lesson10','lesson10_weight','register_norm','set_batch_size','surgery_report',
         'sync_window','to_bn','to_runbn'}

@@ -25,7 +25,9 @@ forms = {'(N,C)':(RunningBatchNorm1d,(),None), '(N,C,L)':(RunningBatchNorm1d,(30
          'large':(RunningBatchNorm2d,(130,90),None), 'large channels_last':(RunningBatchNorm2d,(130,90),torch.channels_last),
          '3d':(RunningBatchNorm3d,(6,5,7),None), 'channels_last_3d':(RunningBatchNorm3d,(6,5,7),torch.channels_last_3d)}
 every_form = pytest.mark.parametrize('form', forms)
-all_settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow(30)), LESSON10, dict(momentum=None, clamp=None), dict(affine=False)], ids=['default','adaptive','lesson10','cumulative','not affine'])
+kinds = {'default':{}, 'adaptive':dict(window=AdaptiveWindow(30)), 'lesson10':LESSON10,
+    'cumulative':dict(momentum=None, clamp=None), 'not affine':dict(affine=False)}
+all_settings = pytest.mark.parametrize('settings', kinds.values(), ids=kinds)
 
 def batches(form, n, dtype, sizes=(2,1,4,3,8)):
     "`n` batches of changing size, and gradients of the same layout"

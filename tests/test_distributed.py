@@ -41,7 +41,9 @@ def test_windows_are_bit_equal_after_each_of_200_steps(two, mode, dtype, broadca
 @pytest.mark.parametrize('mode', ['step','layer'])
 def test_windows_of_four_are_bit_equal_after_each_of_200_steps(four, mode): four(ranked.bit_equal, mode, 200, torch.float32, True)
 
-settings = pytest.mark.parametrize('kw', [{}, dict(window=AdaptiveWindow(24)), LESSON10, dict(momentum=None, eval_window=None, running_grad=.5)], ids=['default','adaptive','lesson10','cumulative'])
+kinds = {'default':{}, 'adaptive':dict(window=AdaptiveWindow(24)), 'lesson10':LESSON10,
+    'cumulative':dict(momentum=None, eval_window=None, running_grad=.5)}
+settings = pytest.mark.parametrize('kw', kinds.values(), ids=kinds)
 
 @settings
 def test_layer_is_one_process_with_the_whole_batch(two, kw):
@@ -79,7 +81,10 @@ def test_step_is_the_delay_written_out(two, kw, sizes, n_acc):
     for i,l in enumerate(model):
         if not isinstance(l, DelayedNorm): continue
         b = {k.split('.')[1]:v for k,v in got[0][1].items() if k.startswith(f'{i}.')}
-        for k,v in dict(window_mean=l.mean, window_var=l.var, window_count=l.n, running_mean=l.avg_mean, running_var=l.avg_var, window_grad=torch.stack((l.g1,l.g2)), window_innovations=torch.stack(l.known)).items(): same(b[k], v)
+        want = dict(window_mean=l.mean, window_var=l.var, window_count=l.n, running_mean=l.avg_mean,
+            running_var=l.avg_var, window_grad=torch.stack((l.g1,l.g2)),
+            window_innovations=torch.stack(l.known))
+        for k,v in want.items(): same(b[k], v)
         assert (b['samples_seen'].item(),b['num_batches_tracked'].item(),b['skipped_batches'].item()) == (l.seen,l.t,0)
 
 # collectives

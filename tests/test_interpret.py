@@ -115,7 +115,8 @@ def test_rho_of_an_adaptive_window_is_that_of_its_median_channel():
     net = to_runbn(nn.Sequential(nn.BatchNorm1d(5)), window=AdaptiveWindow(50)).double()
     for t in range(300):
         rho = RunBNInterpretation(net, bs=2).table().rho.item() if t%20<2 else None
-        x,old = torch.randn(2,5,4).double()+torch.tensor([0,0,.1,.5,1]).view(1,5,1)*t,net[0].window_mean.clone()
+        x = torch.randn(2,5,4).double()+torch.tensor([0,0,.1,.5,1]).view(1,5,1)*t
+        old = net[0].window_mean.clone()
         net(x)
         got = (net[0].window_mean-old)/(x.mean((0,2))-old)
         if rho: assert got.median().item()==pytest.approx(rho, rel=1e-6), t

@@ -36,7 +36,10 @@ def train(layer, x):
     y = layer(x)
     y.backward(torch.ones_like(y))
 
-settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow()), LESSON10, dict(momentum=None), dict(window=SampleWindow(20), clamp=None, persistent_window=True)], ids=['default','adaptive','lesson10','cumulative','window'])
+kinds = {'default':{}, 'adaptive':dict(window=AdaptiveWindow()), 'lesson10':LESSON10,
+    'cumulative':dict(momentum=None),
+    'window':dict(window=SampleWindow(20), clamp=None, persistent_window=True)}
+settings = pytest.mark.parametrize('settings', kinds.values(), ids=kinds)
 
 @settings
 @pytest.mark.parametrize('how', ['plain','checkpointed'])

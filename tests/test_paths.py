@@ -54,7 +54,9 @@ def steps(layers, n=30, C=5, space=(6,4), dtype=torch.float64, fmt=torch.contigu
 def same(a, b, tol=1e-9):
     for p,q in zip(a, b, strict=True): torch.testing.assert_close(p, q, rtol=tol, atol=tol)
 
-all_settings = pytest.mark.parametrize('settings', [{}, dict(window=AdaptiveWindow(30)), LESSON10, dict(momentum=None, running_grad=1., clamp=None)], ids=['default','adaptive','lesson10','cumulative'])
+kinds = {'default':{}, 'adaptive':dict(window=AdaptiveWindow(30)), 'lesson10':LESSON10,
+    'cumulative':dict(momentum=None, running_grad=1., clamp=None)}
+all_settings = pytest.mark.parametrize('settings', kinds.values(), ids=kinds)
 
 @all_settings
 @pytest.mark.parametrize('fmt', formats)

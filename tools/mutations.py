@@ -39,7 +39,7 @@ mutations = [
     ('what is known of innovations stays where others write', 'formulas',
         'seeds = *seeds,(s.innovations,0.)', 'pass', contract),
     ('ranks: an adaptive window that learns nothing', 'distributed',
-        'torch.where((longest>0)&(bs>0), known, old.innovations)', 'old.innovations', adapts),
+        'torch.where((longest>0)&(bs>0), new, old.innovations)', 'old.innovations', adapts),
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '',
         formulas),
     ('unbiased batch variance', 'moments', 'correction=0',

@@ -52,7 +52,7 @@ enum { MOMENTS = 1, MERGE = 2, NORMALISE = 4, SUMS = 8, REACT = 16, DX = 32 };  
 enum { LINEAR, RELU, SILU };                                                    // act
 enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32,
        CLAMPED = 64, RUNNING = 128, ADAPTIVE = 256 };                           // flags
-enum { LENGTH, INNOVATIONS, SQUARE, LAST };                                     // rows of innovations
+enum { LENGTH, INNOVATIONS, SQUARE, LAST };                                     // of innovations
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
 enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // as in Python
@@ -311,8 +311,8 @@ static void F(follow)(call *p, i64 c0, i64 c1) {
     }
 }
 
-// Weights of the batch in adaptive windows, for channels c0 to c1, into the row of their shares; and
-// what the batch's innovation says of the length of the windows
+// Weights of the batch in adaptive windows, for channels c0 to c1, into the row of their shares,
+// and what its innovation says of their length
 static void F(adapt)(call *p, i64 c0, i64 c1) {
     const i64 C = p->C;
     const int update = p->flags & UPDATE;

@@ -6,7 +6,7 @@
 __all__ = ['MOMENTS', 'MERGE', 'NORMALIZE', 'SUMS', 'REACT', 'DX', 'UPDATE', 'INCLUSIVE', 'CLIPPED', 'OWN_AVERAGE', 'SET',
            'CUMULATIVE', 'CLAMPED', 'RUNNING', 'ADAPTIVE', 'NO_MEMORY', 'pack_plan', 'pack_call', 'address', 'threads',
            'kernels', 'parallel', 'instruction_set', 'none', 'load', 'pool', 'layout', 'readable', 'like',
-           'as_statistics', 'flags_of', 'plan', 'call', 'addresses', 'written', 'merge', 'Kernels']
+           'as_statistics', 'flags_of', 'plan', 'call', 'addresses', 'written', 'forward_wrote', 'merge', 'Kernels']
 
 # %% ../../nbs/03_kernels.cpu.ipynb #f6fc5f91
 import ctypes,math
@@ -20,7 +20,8 @@ from ..formulas import Formulas,KeptState,KeptStep,State,Step
 
 # %% ../../nbs/03_kernels.cpu.ipynb #30d45db8
 MOMENTS,MERGE,NORMALIZE,SUMS,REACT,DX = (1<<i for i in range(6))
-UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING,ADAPTIVE = (1<<i for i in range(9))
+(UPDATE,INCLUSIVE,CLIPPED,OWN_AVERAGE,SET,CUMULATIVE,CLAMPED,RUNNING,
+    ADAPTIVE) = (1<<i for i in range(9))
 NO_MEMORY = 1
 pack_plan = Struct('9q8d').pack  # the two parts of `call` in cpu.c
 pack_call = Struct('3qd25P').pack
@@ -153,6 +154,12 @@ def written(tensors):
     except (TypeError,RuntimeError): # older versions of torch take one at a time
         for t in tensors: increment_version(t)
 
+def forward_wrote(state, step):
+    "Tell autograd what a forward has written"
+    if not step.update: return
+    written(state[:9]) # all but floors and what the backward writes
+    if step.longest is not None: written((state.innovations,))
+
 def merge(phases, step, x, last, tensors, state):
     "A forward, or part of it, that writes the state"
     where,wide = addresses(state),state
@@ -166,9 +173,7 @@ def merge(phases, step, x, last, tensors, state):
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
-    if not step.update: return
-    written(state[:9]) # all but floors and what the backward writes
-    if step.longest is not None: written((state.innovations,))
+    forward_wrote(state, step)
 
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"

@@ -16,7 +16,7 @@ from torch.autograd.graph import increment_version
 from ..formulas import Formulas,KeptStep,full_samples,full_steps
 from ..moments import head_start
 from . import cpu
-from .cpu import flags_of,like,readable,written
+from .cpu import flags_of,forward_wrote,like,readable
 
 if tuple(int(o) for o in triton.__version__.split('.')[:2])<(3,3):
     raise ImportError(f'Triton {triton.__version__}; 3.3 or later is needed')
@@ -33,7 +33,8 @@ INF = tl.constexpr(math.inf)
 
 # Read a channel at a time: where they are aligned is no reason to compile again
 unaligned = ('saved weight bias mean var count avg_mean avg_var steps batches seen skipped floors '
-    'grad known_mean known_var innovations part tickets a average pays scale G dbias dweight').split()
+    'grad known_mean known_var innovations part tickets a average pays scale G dbias '
+    'dweight').split()
 
 # %% ../../nbs/03_kernels.cuda.ipynb #fb3190da
 @triton.jit
@@ -306,7 +307,8 @@ def _finish(m, squares, c, C, M, saved, tickets, state, numbers, IN_MEMORY:tl.co
 def runbn_forward(x, y, saved, weight, bias,
                   mean, var, count, avg_mean, avg_var, steps, batches, seen, skipped, floors, grad,
                   known_mean, known_var, innovations, part, tickets,
-                  a, average, momentum, eps, clip, clip_max, longest, samples, last_floor, C, S, M, chunk,
+                  a, average, momentum, eps, clip, clip_max, longest, samples, last_floor,
+                  C, S, M, chunk,
                   BLOCK:tl.constexpr, CHANNELS:tl.constexpr, CHUNKS:tl.constexpr,
                   ONE:tl.constexpr, LAST:tl.constexpr, IN_MEMORY:tl.constexpr,
                   PHASES:tl.constexpr, FLAGS:tl.constexpr, ACT:tl.constexpr):
@@ -635,8 +637,7 @@ class TritonKernels(Formulas):
         kinds = map(_kind, (weight,bias,state[3],state[11],state[13],*numbers[:2]))
         constants = *how.whole,in_memory,phases,*how.options
         how.launch(runbn_forward, (_aligned(x),*kinds), args, constants)
-        if first is not None and step.update:
-            written(state[:9] if step.longest is None else (*state[:9],state[13]))
+        if first is not None: forward_wrote(state, step)
         return cls.normalize(x, weight, bias, saved, step) if later else y
 
     @classmethod
