@@ -90,7 +90,7 @@ def test_export_and_trace_in_evaluation():
 def test_operators_are_what_they_say(train):
     """They write what their schema says, and have results like those that tracers see. Not said is the
     flag in `saved` that tells what is owed: a compiler would keep that in a copy"""
-    norm,x = RunningBatchNorm2d(4),torch.randn(3,4,5,5)
+    norm,x = RunningBatchNorm2d(4, window=AdaptiveWindow()),torch.randn(3,4,5,5)
     norm.track_running_stats = train
     y,state,numbers = norm(torch.randn(3,4,5,5)),norm.state(),norm.step(x)
     step,saved = to_operator(numbers, x),implementation(x, state).statistics(x, state, numbers)
