@@ -91,7 +91,8 @@ def test_operators_are_what_they_say(train):
     """They write what their schema says, and have results like those that tracers see. Not said is the
     flag in `saved` that tells what is owed: a compiler would keep that in a copy"""
     norm,x = RunningBatchNorm2d(4, window=AdaptiveWindow()),torch.randn(3,4,5,5)
-    norm.running_mean.fill_(.5) # trained: a window that is long, and moves with each batch
+    norm.running_mean.fill_(.5)        # trained: its window is long, and moves with each batch
+    norm.num_batches_tracked.fill_(50)
     norm.track_running_stats = train
     norm(torch.randn(6,4,5,5))
     state,numbers = norm.state(),norm.step(x)
