@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
-from .moments import merge_moments,own_windows,takes_tensors,trust,window_share,window_weight
+from .moments import AdaptiveWindow,merge_moments,takes_tensors,trust,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
@@ -275,7 +275,7 @@ class WindowSync(OwnWindow, Joinable):
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
     def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,type(None),*own_windows))
+        kept = isinstance(o, (int,float,str,tuple,type(None),AdaptiveWindow))
         return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}
