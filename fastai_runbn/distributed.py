@@ -192,14 +192,15 @@ def fixed_shares(self:_Pack, rules, share, old):
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
 @patch
-def adapted(self:_Pack, a, rules, old, m, v, bs):
+def adapted(self:_Pack, a, rules, old, m, v, bs, M):
     "Weights `a`, but those of adaptive windows where there are some; and what is known of these"
     lengths = [r.window.samples if isinstance(r.window, AdaptiveWindow) else 0 for r in rules]
     if not any(lengths): return a,old.innovations
-    longest,bs = self.expand(torch.stack((torch.stack([_number(n, a) for n in lengths]), bs)))
+    longest = torch.stack([_number(n, a) for n in lengths])
+    longest,bs,M = self.expand(torch.stack((longest, bs, M)))
     eps = self.expand(torch.stack([_number(l.eps, a) for l in self.layers]))
     window = old.count,old.mean,old.var
-    found,new = adapt(old.innovations, window, (m,v), bs, longest, eps)
+    found,new = adapt(old.innovations, window, (m,v), bs, M.clamp(min=1), longest, eps)
     return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
 
 @patch
@@ -210,7 +211,7 @@ def merge(self:_Pack, old, sums, head, rules):
     d = s1/n.clamp(min=1)
     m,v = old.mean+d,(s2/n.clamp(min=1)-d*d).clamp(min=0)
     a,a_e,alike = self.weights(rules, bs, M)
-    a,innovations = self.adapted(a, rules, old, m, v, bs)
+    a,innovations = self.adapted(a, rules, old, m, v, bs, M)
     count,rho = window_share(old.count, n, a)
     mean,var = merge_moments(old.mean, old.var, m, v, rho)
     steps = old.steps+1
