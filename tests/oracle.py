@@ -18,13 +18,13 @@ class Oracle:
 
     def weight(self, bs, M, m):
         "Of a batch with the means `m` in the window; an adaptive window learns from it"
-        if isinstance(self.window, AdaptiveWindow): return self.adaptive_weight(bs, M, m)
+        if isinstance(self.window, AdaptiveWindow): return self.adaptive_weight(bs, m)
         return np.full_like(self.t, self.window(bs, M) if callable(self.window) else min(1, bs/self.window))
 
-    def adaptive_weight(self, bs, M, m):
+    def adaptive_weight(self, bs, m):
         (mean,var),most = self.statistics(),self.window.samples
         n,t,square,last = self.known
-        n = np.minimum(np.where(t>0, n, max(bs, 16*bs/M)), most)
+        n = np.minimum(np.where(t>0, n, bs), most)
         e,t = (m-mean)/np.sqrt(var+self.eps),t+1
         square = square+np.maximum(1/32, 1/t)*(e*e-square)
         step = np.clip(e*last/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)

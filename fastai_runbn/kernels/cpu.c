@@ -55,7 +55,7 @@ enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULA
 enum { LENGTH, INNOVATIONS, SQUARE, LAST };                                     // of innovations
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
-enum { HEAD_START = 9, FULL_STEPS = 1 << 24, ENOUGH = 16 };                     // as in Python
+enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // as in Python
 enum { DONE, NO_MEMORY };                                                       // what calls return
 enum { BY_OTHERS = 1, TRAINED = 2 };                                            // written
 
@@ -317,7 +317,6 @@ static void F(adapt)(call *p, i64 c0, i64 c1) {
     const i64 C = p->C;
     const int update = p->flags & UPDATE;
     const T bs = p->samples, longest = p->longest, eps = p->eps;
-    const T first = p->M < ENOUGH ? bs * ENOUGH / p->M : bs;
     const T *restrict mean = p->mean, *restrict var = p->var, *restrict count = p->count;
     T *restrict length = p->innovations, *restrict batches = length + INNOVATIONS * C;
     T *restrict square = length + SQUARE * C, *restrict last = length + LAST * C;
@@ -325,7 +324,7 @@ static void F(adapt)(call *p, i64 c0, i64 c1) {
     const T *restrict bmean = s + BATCH_MEAN * C, *restrict bvar = s + BATCH_VAR * C;
     #pragma omp simd
     for (i64 c = c0; c < c1; c++) {
-        T t = batches[c], n = t > 0 ? length[c] : count[c] < 0 ? longest : first;
+        T t = batches[c], n = t > 0 ? length[c] : count[c] < 0 ? longest : bs;
         n = n < longest ? n : longest;
         a[c] = bs < n ? bs / n : 1;
         T e = (bmean[c] - mean[c]) / F(root)(var[c] + eps), t1 = t + 1;
