@@ -263,11 +263,13 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
     if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
     have = '' if data is None else 'volumes' if data.suffix=='.npz' else 'images'
-    wanted = {n:r for n,r in quality.regimes.items() if re.search(only, n) and (only or not r.held_out)}
-    names = ['R1 digits'] if quick else [n for n,r in wanted.items() if r.data in ('',have)]
+    needs = {n:r.data for n,r in quality.regimes.items()
+             if re.search(only, n) and (only or not r.held_out)}
+    names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]
     if not names:
-        needs = {'images':'a folder or tar of images', 'volumes':'an .npz of volumes'}
-        raise CliError(f"--only {only}: give {' or '.join(needs[o] for o in sorted({r.data for r in wanted.values()}))} with --data")
+        forms = {'images':'a folder or tar of images', 'volumes':'an .npz of volumes'}
+        what = ' or '.join(forms[o] for o in sorted({*needs.values()}))
+        raise CliError(f'--only {only}: give {what} with --data')
     console,progress = _console()
     kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''), sizes=(2,32) if quick else None)
     with progress as bar,TemporaryDirectory() as d:
@@ -293,7 +295,7 @@ def bench(
     contenders:str='', # Regular expression for contenders, as "^ours" or "Group|MABN"; for speed BatchNorm is always there
     compile:bool=False, # speed: whole models through torch.compile too, a minute or more each
     device:str='', # speed: cpu or cuda; default: cuda where there is one
-    data:Path=None, # quality: images in train/CLASS/ and valid/CLASS/, a folder or tar, or .npz of volumes, for some regimes
+    data:Path=None, # quality, some regimes: folder or tar of train/CLASS/ and valid/CLASS/; or .npz
     seeds:int=None, # quality: for each setting; default: 3, or 1 with --quick
     jobs:int=None, # quality: trials at a time, a thread each; default: 2
 ):

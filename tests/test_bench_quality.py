@@ -7,7 +7,8 @@ from torch import nn
 from fastai.basics import Learner
 from fastai_runbn.bench import quality
 from fastai_runbn.bench.tasks import volumes_dls
-from fastai_runbn.bench.quality import ClipLag,CompensateLag,EmptyWindows,LabelDice,best_rate,due,load_quality,make_learner,regimes,trial
+from fastai_runbn.bench.quality import (ClipLag,CompensateLag,EmptyWindows,LabelDice,best_rate,due,
+    load_quality,make_learner,regimes,trial)
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNormMixin
 import pandas as pd
 
@@ -150,7 +151,8 @@ def test_windows_empty_at_first_only():
     del cb.norms
     cb.before_fit(); assert all((n.window_count==0).all() for n in norms)
 
-@pytest.mark.parametrize('regime,norm', [('H1','MABN'),('H2','GroupNorm + WS'),('H2','ours'),('H3','BatchRenorm'),('H3','MABN'),('H3','ours'),('H3','InstanceNorm'),('H4','ours'),('H5','MABN')])
+@pytest.mark.parametrize('regime,norm', [('H1','MABN'),('H2','GroupNorm + WS'),('H2','ours'),
+    ('H3','BatchRenorm'),('H3','MABN'),('H3','ours'),('H3','InstanceNorm'),('H4','ours'),('H5','MABN')])
 def test_other_nets_train(regime, norm, photos):
     learn = make_learner(regime, norm, 2, 0, photos, epochs=1)
     learn.dls.train.part,learn.dls.train.get_idxs = 4,lambda: [*range(4)]
@@ -164,8 +166,8 @@ def scans(tmp_path):
     "Four volumes, all the same, of two cubes"
     x = np.zeros((16,16,16), np.uint8)
     x[4:8,4:8,4:8],x[8:12,4:8,4:8] = 100,200
-    path = tmp_path/'scans.npz'
-    np.savez(path, **{f'{k}_{i}':x//(1 if k=='image' else 100) for i in range(4) for k in ('image','label')})
+    path,parts = tmp_path/'scans.npz',dict(image=x, label=x//100)
+    np.savez(path, **{f'{k}_{i}':v for i in range(4) for k,v in parts.items()})
     return path
 
 class SeesOneLabel(nn.Module):
@@ -184,6 +186,7 @@ def test_the_dice_coefficient_of_the_labels_only(scans):
 
 @pytest.mark.parametrize('norm', ['ours','InstanceNorm','BatchNorm'])
 def test_volumes_train(scans, norm, monkeypatch):
-    monkeypatch.setattr(regimes['V1'], 'loaders', lambda bs, data: volumes_dls(data, bs, (16,16,16), 2, 2, device='cpu'))
+    def small(bs, data): return volumes_dls(data, bs, (16,16,16), 2, 2, device='cpu')
+    monkeypatch.setattr(regimes['V1'], 'loaders', small)
     row = trial('V1', norm, 1, 1e-3, 0, scans, 2)
     assert row['note']=='' and 0<=row['score']<=1 and len(row['curve'])==2

@@ -192,14 +192,16 @@ def bodies_dls(
 # %% ../../nbs/12_bench.tasks.ipynb #a07825ad
 def _fit(a, size, value):
     "The middle of `a`, or `a` in the middle of `value`, in the given `size`"
-    pad = [(max(0, n-s)//2, max(0, n-s)-max(0, n-s)//2) for s,n in zip(a.shape, size)]
-    a = np.pad(a, pad, constant_values=value)
+    missing = [max(0, n-s) for s,n in zip(a.shape, size)]
+    a = np.pad(a, [(m//2, m-m//2) for m in missing], constant_values=value)
     return a[tuple(slice((s-n)//2, (s-n)//2+n) for s,n in zip(a.shape, size))]
 
 @lru_cache
 def _volumes(path, size):
     "All volumes `(n,1,*size)` and their labels `(n,*size)`, in an order that is always the same"
-    if not path.exists(): raise FileNotFoundError(f"{path}: there is no such file; an .npz with an image_ID and a label_ID for each volume was expected.")
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: there is no such file; an .npz with an image_ID and a '
+            'label_ID for each volume was expected.')
     with np.load(path) as z:
         ids = sorted(k.removeprefix('image_') for k in z if k.startswith('image_'))
         pairs = [(z[f'image_{i}'].astype(np.float32),z[f'label_{i}']) for i in ids]
@@ -214,7 +216,8 @@ class CrossEntropyDice(CrossEntropyLossFlat):
     def __init__(self):
         super().__init__(axis=1)
         self.dice = DiceLoss(reduction='mean')
-    def __call__(self, pred, targ): # fastai's own turns targets of three dimensions another way than predictions
+    def __call__(self, pred, targ):
+        # not fastai's own, which turns predictions of three dimensions another way than targets
         return F.cross_entropy(pred, targ)+self.dice(pred, targ)
 
 def volumes_dls(
@@ -276,7 +279,8 @@ def small_unet(
 
 # %% ../../nbs/12_bench.tasks.ipynb #22b455ae
 class PlainUnet(nn.Module):
-    "A U-Net of 3×3 convolutions, each before a BatchNorm; `(N,n_in,*)` to `(N,n_out,*)`, sizes multiples of 2 to the number of steps down"
+    """A U-Net of 3×3 convolutions, each before a BatchNorm: `(N,n_in,*)` to `(N,n_out,*)`, of sizes
+    that are multiples of 2 to the number of steps down"""
     def __init__(self,
         n_in:int=1, # Input channels
         n_out:int=3, # Classes
@@ -288,7 +292,8 @@ class PlainUnet(nn.Module):
         up = nn.ConvTranspose3d if ndim==3 else nn.ConvTranspose2d
         steps = [*zip(widths, widths[1:])]
         self.first = nn.Sequential(conv(n_in, widths[0]), conv(widths[0], widths[0]))
-        self.down = nn.ModuleList([nn.Sequential(conv(i, o, stride=2), conv(o, o)) for i,o in steps])
+        down = [nn.Sequential(conv(i, o, stride=2), conv(o, o)) for i,o in steps]
+        self.down = nn.ModuleList(down)
         self.up = nn.ModuleList([up(o, i, 2, 2) for i,o in steps])
         self.joined = nn.ModuleList([conv(2*i, i) for i,_ in steps])
         self.last = ConvLayer(widths[0], n_out, 1, ndim=ndim, norm_type=None, act_cls=None)
