@@ -316,7 +316,7 @@ def make_learner(
     norm:str, # Of `contenders`
     bs:int, # Training batch size
     seed:int, # Of weights and order
-    data=None, # Folder or tar of photographs, as `photos_dls` takes it
+    data=None, # What the regime needs: folder or tar for `photos_dls`, `.npz` for `volumes_dls`
     epochs:int=None, # That it will be trained for; default: those of the regime
 )->Learner: # Not trained yet
     "The Learner of a trial"
@@ -423,7 +423,7 @@ def bench_quality(
     seeds:int=3, # For each setting
     norms:str='', # Regular expression for contenders
     sizes:tuple=None, # Batch sizes; default: those of the regime
-    data=None, # Folder or tar of photographs
+    data=None, # As in `make_learner`
     epochs:int=None, # Default: those of the regime
     jobs:int=1, # Trials at a time, in processes of one thread each; 1: here
     report=None, # Called with each row, and how many are due after it

@@ -279,8 +279,7 @@ def small_unet(
 
 # %% ../../nbs/12_bench.tasks.ipynb #22b455ae
 class PlainUnet(nn.Module):
-    """A U-Net of 3×3 convolutions, each before a BatchNorm: `(N,n_in,*)` to `(N,n_out,*)`, of sizes
-    that are multiples of 2 to the number of steps down"""
+    "A U-Net, `(N,n_in,*)` to `(N,n_out,*)`; each step down halves the sizes, which have to be even"
     def __init__(self,
         n_in:int=1, # Input channels
         n_out:int=3, # Classes
