@@ -1,5 +1,5 @@
 "What a user types: `from fastai_runbn.all import *`"
-from fastai_runbn.moments import AdaptiveWindow,SampleWindow,lesson10_weight
+from fastai_runbn.moments import AdaptiveWindow,lesson10_weight
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,follow_scaler,set_batch_size
 from fastai_runbn.surgery import from_lesson10,register_norm,surgery_report,to_bn,to_runbn
 from fastai_runbn.schedule import RunBNSchedule,WarmupClamp

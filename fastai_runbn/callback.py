@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from fastai.torch_core import find_bs,rank_distrib
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from .layers import RunningBatchNormMixin,default_window,follow_scaler,running_norms,runbn_settings,set_batch_size
+from .layers import RunningBatchNormMixin,follow_scaler,running_norms,runbn_settings,set_batch_size
 from .schedule import unschedule
 from .graph import GraphCallback
 from .distributed import in_parallel,sync_modes,sync_window,unwrapped,window_sync
@@ -33,58 +33,55 @@ def _mean(w, nonzero=None):
     if nonzero is None: return w.mean(dims, keepdim=True)
     return (w*nonzero).sum(dims, keepdim=True)/nonzero.sum(dims, keepdim=True).clamp(min=1)*nonzero
 
-def _spread(w):
-    "Sum over filters of the square of their mean in standard errors: about 1 a filter where weights are drawn at random"
-    return float(_mean(w).square().sum()*w[0].numel()/w.var()) if w.any() else 0.
-
 class KeptMean(NamedTuple):
     "The filters of one convolution, and the means that they keep"
     weight:nn.Parameter # `(n_out,n_in,*)`
-    mean:Tensor|float   # `(n_out,1,*)`, or 0
+    mean:Tensor         # `(n_out,1,*)`
     nonzero:Tensor|None # Where weights are not exactly zero, if some are: those stay zero
 
-def _fixed(conv, shared, trained):
-    "Why the filters of `conv` are not ours to move, or ''"
+def _left(conv, after, norms, shared, trained):
+    "Why the filters of `conv`, which `after` follows, are left alone, or ''"
     w = conv.weight
     if not isinstance(w, nn.Parameter): return 'parametrized'
     if not w.requires_grad: return 'frozen'
     if w.ndim<3: return 'flattened' # by FSDP
     if shared[id(w)]>1: return 'shared'
     if trained is not None and id(w) not in trained: return 'not in the optimizer'
-    if w.shape[1]==1: return 'one input channel' # may well detect a level
-    return ''
+    if w.shape[1]==1 and conv.groups>1: return 'depthwise'
+    no_norm = after is None or isinstance(after, (_ConvNd,nn.Linear))
+    return '' if no_norm or after in norms else f'before a {type(after).__name__}'
+
+def _untrained(norm):
+    "Has `norm` seen no batch yet? One without statistics cannot tell"
+    mean = getattr(norm, 'running_mean', None)
+    return mean is None or not (mean.any() or norm.num_batches_tracked)
 
 class FilterMeans:
-    "Keep the means of the filters of convolutions before running norms and before no norm at all: at zero where the norm is untrained (where there is none, the whole model) or they are zero already, else where they are"
+    "The filters of convolutions keep the means that they have, but before an untrained norm every second one has a mean of zero"
     @torch.no_grad()
     def __init__(self,
         model:nn.Module, # With running norms; without any, nothing is kept
-        norms=None, # Names of the norms that count; default: all running norms
-        zero:bool=False, # At zero everywhere? A trained net becomes another one with that
+        norms=None, # Names of the norms that count, of any kind; default: all running norms
         params=None, # Parameters that are trained; default: those that require a gradient
     ):
-        self.filters,self.left,free = {},{},{} # names: `KeptMean`; names: why they are left alone; names of those before no norm
+        self.filters,self.left = {},{} # names: `KeptMean`; names: why they are left alone
         own = [(n,m) for n,m in model.named_modules() if m._parameters]
         shared = Counter(id(p) for _,p in model.named_parameters(remove_duplicate=False))
         trained = None if params is None else {id(p) for p in params}
-        norms = [m for n,m in own if isinstance(m, RunningBatchNormMixin) and (norms is None or n in norms)]
-        for m in norms: m.refresh_window()
+        if norms is None: norms = [n for n,m in own if isinstance(m, RunningBatchNormMixin)]
+        norms = [m for n,m in own if n in norms]
         for (name,conv),(_,after) in zip(own, [*own[1:], ('',None)]) if norms else ():
             if not isinstance(conv, _convs): continue
-            w,key,normed = conv.weight,f'{name}.weight',after in norms and conv.out_channels==after.num_features
-            why = _fixed(conv, shared, trained)
-            if not why and not normed and not isinstance(after, (_ConvNd,nn.Linear,type(None))): why = f'before a {type(after).__name__}'
+            key = f'{name}.weight'
+            why = _left(conv, after, norms, shared, trained)
             if why:
                 self.left[key] = why
                 continue
+            w = conv.weight
             nonzero = None if w.all() else w!=0
             mean = _mean(w, nonzero)
-            untrained = normed and not after.window_count.any()
-            self.filters[key] = KeptMean(w, 0. if zero or untrained or mean.abs().max()<=1e-3*w.std() else mean, nonzero)
-            if not normed: free[key] = self.filters[key]._replace(mean=0.)
-        stats = [m.running_mean for m in model.modules() if getattr(m, 'running_mean', None) is not None]
-        by_chance = sum(_spread(k.weight) for k in free.values())<=2*sum(len(k.weight) for k in free.values())
-        if by_chance and not any(t.any() for t in stats): self.filters.update(free)
+            if after in norms and _untrained(after): mean[::2] = 0
+            self.filters[key] = KeptMean(w, mean, nonzero)
 
     @torch.no_grad()
     def before_step(self):
@@ -118,8 +115,7 @@ class FilterMeans:
         return self
 
     def __repr__(self):
-        zero = sum(not torch.is_tensor(k.mean) for k in self.filters.values())
-        parts = [f'{zero} centred', f'{len(self.filters)-zero} kept at their means']
+        parts = [f'{len(self.filters)} keep their means']
         if n := sum(k.nonzero is not None for k in self.filters.values()): parts.append(f'{n} with zeros that stay')
         for why,n in Counter(self.left.values()).items():
             names = [k.removesuffix('.weight') for k,w in self.left.items() if w==why]
@@ -135,28 +131,26 @@ class RunBNCallback(Callback):
         include:str|list=None, # Names or globs of the layers to convert; default: all
         exclude:str|list=None, # Names or globs of layers to leave
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
-        accumulation_window:bool=True, # With `GradientAccumulation(n_acc)`, a window of `3*n_acc` samples, if that is longer and no `window` is given?
-        centre:bool|None=None, # Keep the means of the filters of convolutions? `None`: at zero in nets that start untrained (Yan et al., 2020), else where they are, and only with `running_grad`; `True`: at zero
+        keep_means:bool|None=None, # Do the filters of convolutions keep their means (`FilterMeans`)? `None`: unless `running_grad` is 0
         graph:bool=False, # Forward and backward of the model in a CUDA graph? (`GraphCallback`)
         sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
-        if accumulation_window not in (True,False): raise ValueError(f"accumulation_window={accumulation_window!r}: True or False was expected; a window of so many samples is `window`.")
-        if centre not in (None,True,False): raise ValueError(f"centre={centre!r}: True, False or None was expected.")
+        if keep_means not in (None,True,False): raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
         if graph not in (True,False):
             raise ValueError(f"graph={graph!r}: True or False was expected.")
         if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
         self.graph,self._graph = graph,None
         self.choice,self.settings,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,sync
-        self.accumulation_window,self.centre,self.means = accumulation_window,False if centre is None and kwargs.get('running_grad')==0 else centre,None
-        self._looked,self._window,self._sync,self._bs = False,default_window,None,None
+        self.keep_means,self.means = kwargs.get('running_grad')!=0 if keep_means is None else keep_means,None
+        self._looked,self._sync,self._bs = False,None,None
 
     @property
     def report(self):
         "What became of every norm of the model, as it is now, and of the filters of its convolutions, once it trained"
         report = surgery.surgery_report(unwrapped(self.learn.model), **self.choice)
-        report.filters = '' if self.means is None else 'Filters of convolutions: none are centred (centre=False)' if self.centre is False else repr(self.means)
+        report.filters = '' if self.means is None else 'Filters of convolutions: none keep their means (keep_means=False)' if not self.keep_means else repr(self.means)
         return report
 
     def before_fit(self):
@@ -174,11 +168,11 @@ class RunBNCallback(Callback):
             self.learn.add_cb(self._graph)
             self._graph.before_fit() # which has begun
 
-    def keep_means(self):
+    def choose_filters(self):
         "Choose the filters that keep their means, where the model is as it will train: on its device, wrapped, of one mind on all ranks"
-        norms = [] if self.centre is False else [r.name for r in self.report.running if not r.why]
+        norms = [] if not self.keep_means else [r.name for r in self.report.running if not r.why]
         params = None if self.learn.opt is None else [p for p,*_ in self.learn.opt.all_params()]
-        self.means = FilterMeans(unwrapped(self.learn.model), norms, zero=bool(self.centre), params=params)
+        self.means = FilterMeans(unwrapped(self.learn.model), norms, params)
 
     def keep_norms(self):
         "Switch `sync_bn` of fastai's DistributedTrainer off, which would replace running norms by SyncBatchNorm"
@@ -191,25 +185,12 @@ class RunBNCallback(Callback):
 @patch
 def _accumulating(self:RunBNCallback): return next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
 
-@patch
-def lengthen(self:RunBNCallback):
-    "Where several batches are accumulated in this fit, a window of three times as many samples, of all ranks that share one, if that is longer than the default"
-    if not self.accumulation_window or 'window' in self.settings: return
-    acc,ranks = self._accumulating(),dist.get_world_size() if self.sync and in_parallel(self.learn.model) else 1
-    old,self._window = self._window,default_window
-    if acc and acc.n_acc>(getattr(self.dls, 'bs', None) or 0) and (n := 3*ranks*acc.n_acc)>default_window.samples: self._window = n
-    for r in self.report.running:
-        m = unwrapped(self.learn.model).get_submodule(r.name)
-        if r.why or getattr(m, 'unscheduled', None) is not None or m.window==self._window: continue      # a schedule goes first
-        if m.window in (default_window,old): m.set_settings(window=self._window)      # and so does a layer's own
-
 # %% ../nbs/10_callback.ipynb #3c1b2225
 @patch
 def before_train(self:RunBNCallback):
-    "Choose the filters that keep their means, set the window's length, and on several ranks have them share it"
+    "Choose the filters that keep their means, and on several ranks have them share their windows"
     if self is not next(cb for cb in self.learn.cbs if isinstance(cb, RunBNCallback)): return
-    if not self.means: self.keep_means()
-    self.lengthen()
+    if not self.means: self.choose_filters()
     follow_scaler(self.learn.model, getattr(self.learn, 'scaler', None))
     have,want = window_sync(self.learn.model),self.sync if in_parallel(self.learn.model) else None
     if have and (have.mode!=want or not have.current(self.learn.model)): have = sync_window(self.learn.model, None)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
-from .moments import merge_moments,own_windows,takes_tensors,trust,window_share,window_weight
+from .moments import AdaptiveWindow,merge_moments,takes_tensors,trust,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
@@ -192,14 +192,15 @@ def fixed_shares(self:_Pack, rules, share, old):
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
 @patch
-def adapted(self:_Pack, a, rules, old, m, v, bs):
+def adapted(self:_Pack, a, rules, old, m, v, bs, M):
     "Weights `a`, but those of adaptive windows where there are some; and what is known of these"
     lengths = [r.window.samples if isinstance(r.window, AdaptiveWindow) else 0 for r in rules]
     if not any(lengths): return a,old.innovations
-    longest,bs = self.expand(torch.stack((torch.stack([_number(n, a) for n in lengths]), bs)))
+    longest = torch.stack([_number(n, a) for n in lengths])
+    longest,bs,M = self.expand(torch.stack((longest, bs, M)))
     eps = self.expand(torch.stack([_number(l.eps, a) for l in self.layers]))
     window = old.count,old.mean,old.var
-    found,new = adapt(old.innovations, window, (m,v), bs, longest, eps)
+    found,new = adapt(old.innovations, window, (m,v), bs, M.clamp(min=1), longest, eps)
     return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
 
 @patch
@@ -210,7 +211,7 @@ def merge(self:_Pack, old, sums, head, rules):
     d = s1/n.clamp(min=1)
     m,v = old.mean+d,(s2/n.clamp(min=1)-d*d).clamp(min=0)
     a,a_e,alike = self.weights(rules, bs, M)
-    a,innovations = self.adapted(a, rules, old, m, v, bs)
+    a,innovations = self.adapted(a, rules, old, m, v, bs, M)
     count,rho = window_share(old.count, n, a)
     mean,var = merge_moments(old.mean, old.var, m, v, rho)
     steps = old.steps+1
@@ -275,7 +276,7 @@ class WindowSync(OwnWindow, Joinable):
 def fingerprint(self:WindowSync):
     "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
     def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,type(None),*own_windows))
+        kept = isinstance(o, (int,float,str,tuple,type(None),AdaptiveWindow))
         return o if kept else type(o).__name__
     def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
     devices = {str(l.window_mean.device) for l in self.pack.layers}

@@ -153,7 +153,7 @@ def merge(
     weight = step.weight
     if step.longest is not None:
         weight,innovations = adapt(s.innovations, (s.count,s.mean,s.var), (m,v), step.samples,
-            step.longest, step.eps)
+            M, step.longest, step.eps)
     count,share = window_share(s.count, M, weight)
     mean,var = merge_moments(s.mean, s.var, m, v, share)
     ok = var<math.inf

@@ -17,13 +17,13 @@ from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
-from .moments import (AdaptiveWindow,SampleWindow,at_most_1,auto_momentum,lesson10_weight,
-    own_windows,takes_tensors,trust,window_weight)
+from fastai_runbn.moments import (AdaptiveWindow,at_most_1,auto_momentum,lesson10_weight,takes_tensors,trust,
+    window_weight)
 from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
 # %% ../nbs/05_layers.ipynb #a6ce514a
-default_window = SampleWindow(60, few=10)
+default_window = AdaptiveWindow()
 
 def runbn_settings(
     window=default_window, # Samples to normalise with in training, or weight by batch size and M
@@ -239,7 +239,7 @@ def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, e
     longest = window.samples if isinstance(window, AdaptiveWindow) else None
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
         inclusive, update, act, longest=longest)
-_constants = int,float,*own_windows # settings that are no tensors, which a schedule changes
+_constants = int,float,AdaptiveWindow # settings that are no tensors, which a schedule changes
 _settings_of = itemgetter('window', 'running_grad', 'momentum', 'eval_window', 'eps', 'clamp',
     'clamp_inclusive', 'track_running_stats', 'backend')
 

@@ -45,7 +45,7 @@ class DelayedNorm(nn.Module):
         if not isinstance(self.rule, AdaptiveWindow):
             return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
         mean,var,count,(n,t,square,last) = at['mean'],at['var'],at['n'],at['known']
-        if t[0]==0: n = torch.full_like(n, bs)
+        if t[0]==0: n = torch.full_like(n, min(max(bs, 16*bs/M), self.rule.samples))
         if count[0]>0:
             e = (m-mean)/(var+self.eps)**.5
             t = t+1

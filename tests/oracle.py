@@ -14,24 +14,25 @@ class Oracle:
         self.eps,self.steps,self.seen,self.skipped = eps,0,0,0
         self.S,self.Q,self.n,self.t = (np.zeros(C) for _ in range(4))
         self.rm,self.rv,self.gbar = np.zeros(C),np.ones(C),np.zeros((2,C))
-        self.known = np.zeros((4,C)) # length, innovations so far, their mean square, the last one
+        self.known = np.zeros((4,C)) # length, innovations so far, their mean square, their trace
 
     def weight(self, bs, M, m):
         "Of a batch with the means `m` in the window; an adaptive window learns from it"
-        if isinstance(self.window, AdaptiveWindow): return self.adaptive_weight(bs, m)
+        if isinstance(self.window, AdaptiveWindow): return self.adaptive_weight(bs, M, m)
         return np.full_like(self.t, self.window(bs, M) if callable(self.window) else min(1, bs/self.window))
 
-    def adaptive_weight(self, bs, m):
+    def adaptive_weight(self, bs, M, m):
         (mean,var),most = self.statistics(),self.window.samples
-        n,t,square,last = self.known
-        n = np.minimum(np.where(t>0, n, bs), most)
+        n,t,square,trace = self.known
+        n = np.minimum(np.where(t>0, n, max(bs, 16*bs/M)), most)
+        a = np.minimum(1, bs/n)
         e,t = (m-mean)/np.sqrt(var+self.eps),t+1
         square = square+np.maximum(1/32, 1/t)*(e*e-square)
-        step = np.clip(e*last/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)
-        new = np.minimum(np.maximum(n*(1-step+step**2/2), bs), most),t,square,e
+        step = np.clip(e*trace*np.sqrt(a*(2-a))/(square+1e-12), -1, 1)*np.maximum(.01, (t+100)**-.5)
+        new = np.minimum(np.maximum(n*(1-step+step**2/2), bs), most),t,square,(1-a)*trace+e
         if not self.held:
             self.known = np.where((self.n>0) & np.isfinite(m), new, self.known)
-        return np.minimum(1, bs/n)
+        return a
 
     def average_share(self, bs, rho):
         "Of a batch in `running_mean` and `running_var`: as BatchNorm's momentum says, if it was set"

@@ -8,12 +8,12 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 from fastai_runbn.functional import implementation,to_operator
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNorm3d
-from fastai_runbn.moments import AdaptiveWindow,SampleWindow
+from fastai_runbn.moments import AdaptiveWindow
 
 needs_compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='Inductor needs a C++ compiler')
 all_settings = {'default':{}, 'adaptive':dict(window=AdaptiveWindow(30)), 'lesson10':LESSON10,
     'cumulative':dict(momentum=None, running_grad=1.),
-    'window':dict(window=SampleWindow(20), clamp=None, persistent_window=True)}
+    'window':dict(window=20, clamp=None, persistent_window=True)}
 cases = [*(pytest.param('inductor', n, marks=needs_compiler) for n in all_settings), ('aot_eager','default'), ('aot_eager','lesson10')]
 
 @pytest.fixture(autouse=True)

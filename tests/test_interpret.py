@@ -4,7 +4,6 @@ import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
 from torch import nn
 from fastai_runbn.all import RunBNCallback,RunBNInterpretation,RunBNRecorder,to_runbn
-from fastai_runbn.layers import default_window
 from fastai_runbn.moments import AdaptiveWindow,lesson10_weight
 from learners import assert_same,fit,make,running,trained_stats
 
@@ -100,7 +99,7 @@ def test_table_of_a_loaded_checkpoint():
     assert RunBNInterpretation(net, bs=2).table().rho.isna().all()              # of a window of unknown size
 
 def test_rho_is_what_the_next_batch_gets():
-    for window,trained in ((20,False),(lesson10_weight,False),(20,True),(default_window,False),(default_window,True)):
+    for window,trained in ((20,False),(lesson10_weight,False),(20,True)):
         net = nn.Sequential(nn.BatchNorm1d(3)).double()
         if trained: net[0].running_mean.fill_(1)                                # without `num_batches_tracked`
         to_runbn(net, window=window)

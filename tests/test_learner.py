@@ -108,16 +108,18 @@ def test_lesson10_settings_reach_the_layers():
     learn = train_digits(RunBNCallback(**LESSON10), bs=32, epochs=1, bar=False)
     assert all(m.settings()==runbn_settings(**LESSON10) for m in learn.model.modules() if isinstance(m, RunningBatchNormMixin))
 
-def means(learn): return {n:w.mean([*range(1, w.ndim)]).abs().max().item() for n,(w,*_) in learn.run_bn.means.filters.items()}
+def means(learn):
+    return {n:p.detach().mean([1,2,3]) for n,p in learn.model.named_parameters() if p.ndim==4}
 
-def test_filters_stay_centred(make):
+def test_filters_keep_their_means_from_fit_to_fit(make):
     "With another optimizer, accumulated gradients, frozen groups and a learning rate search before; and in the fits after the first"
     learn = make(RunBNCallback())
     learn.opt_func = Adam
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn.lr_find(num_it=5, show_plot=False, suggest_funcs=())
-    convs = [n for n,m in learn.model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels>1]
+    drawn = means(learn)
+    for mean in drawn.values(): mean[::2] = 0
     class GradientMeans(Callback):
         order,seen = 90,0. # after clipping
         def before_step(self): self.seen = max(self.seen, *(w.grad.mean([1,2,3]).abs().max().item()/w.grad.std().item() for w,*_ in self.run_bn.means.filters.values()))
@@ -125,7 +127,8 @@ def test_filters_stay_centred(make):
         grads = GradientMeans()
         learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1),grads])
         assert 0<grads.seen<1e-6
-        assert [f'{n}.weight' for n in convs] == list(means(learn)) and max(means(learn).values())<1e-7
+        assert list(learn.run_bn.means.filters) == list(drawn)
+        for n,mean in means(learn).items(): torch.testing.assert_close(mean, drawn[n], rtol=0, atol=1e-6)
     learn.freeze()
     learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
     filters = learn.run_bn.means.filters
@@ -139,51 +142,55 @@ def test_filters_of_trained_models_keep_their_means(make):
     learn.opt_func = Adam
     learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
     after,held = filters(),learn.run_bn.means.filters
-    assert held and before.keys()-held.keys()=={next(iter(before))}-held.keys()
+    assert held and before.keys()==held.keys()
     for n in held:
         assert not torch.equal(after[n], before[n])
         torch.testing.assert_close(after[n].mean([1,2,3]), before[n].mean([1,2,3]), rtol=0, atol=1e-7)
         assert before[n].mean([1,2,3]).abs().max()>1e-4
 
-def kept(net, *args): return {n:mean if torch.is_tensor(mean) else 0 for n,(_,mean,_) in FilterMeans(net, *args).filters.items()}
+def drawn(net): return {n:p.detach().mean([*range(1, p.ndim)], keepdim=True) for n,p in net.named_parameters() if p.ndim>2}
 
-def test_filters_are_those_that_stand_before_a_norm_or_none():
+def kept(net, *args): return {n:mean for n,(_,mean,_) in FilterMeans(net, *args).filters.items()}
+
+def same_means(got, want):
+    assert got.keys()==want.keys()
+    for n in got: assert torch.equal(got[n], want[n]), n
+
+def test_filters_are_those_that_are_not_depthwise_nor_before_another_norm():
     net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8), nn.Conv1d(8,3,1), nn.GroupNorm(1,3),
         nn.Conv1d(3,4,1), nn.Linear(5,8), nn.BatchNorm1d(4), nn.Conv1d(4,3,1), nn.PReLU(), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,2,1), nn.BatchNorm1d(6), nn.Conv1d(4,4,1)))
-    assert kept(net)=={f'{i}.weight':0 for i in (0,4,9,18)}                      # not depthwise, not before a norm or an activation that learns, not before a norm of other channels
-    assert kept(net, ['6'])=={f'{i}.weight':0 for i in (4,9,18)} and not kept(net, [])
-    net[4].weight.requires_grad_(False)
-    net[1](torch.randn(2,4,5))
-    before = {f'{i}.weight':net[i].weight.detach().clone() for i in (0,9,18)}
-    held = kept(net)
-    assert kept(net, None, True)=={n:0 for n in before} and held.keys()==before.keys()  # trained
-    for n,w in before.items(): assert torch.equal(held[n], w.mean([1,2], keepdim=True))
-    FilterMeans(net, zero=True).after_step()
-    for n,w in before.items(): torch.testing.assert_close(net.get_parameter(n), w-w.mean([1,2], keepdim=True))
-    assert kept(net)=={n:0 for n in before}                                      # trained, and centred already
+    want = {f'{i}.weight':drawn(net)[f'{i}.weight'] for i in (0,4,9,16,18)}
+    for i in (0,4,16): want[f'{i}.weight'][::2] = 0       # before a norm
+    same_means(kept(net), want)
+    assert FilterMeans(net).left=={'2.weight':'depthwise','7.weight':'before a GroupNorm','12.weight':'before a PReLU'}
+    assert not kept(net, [])
+    net[1](torch.randn(2,4,5))                                   # now it is trained,
+    want['0.weight'] = drawn(net)['0.weight']
+    same_means(kept(net), want)                                 # and stays what it is
+    same_means(kept(net, ['6']), {n:m for n,m in want.items() if n in ('4.weight','9.weight','18.weight')})
+    FilterMeans(net).after_step()
+    for n,m in drawn(net).items(): assert n not in want or torch.allclose(m, want[n], atol=1e-7)
+
+@pytest.mark.parametrize('net,zero', [
+    (lambda: nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6)), True),          # one channel of grey
+    (lambda: nn.Sequential(nn.Conv3d(2,6,3), nn.ReLU(), nn.BatchNorm3d(6)), True), # as in lesson 10
+    (lambda: nn.Sequential(nn.Conv2d(3,6,3), nn.Conv2d(6,6,3), nn.Linear(3,3), nn.BatchNorm2d(6)), False)], # they may be of a trained encoder without norms
+    ids=['grey','norm after ReLU','no norm'])
+def test_every_second_filter_before_an_untrained_norm_has_a_mean_of_zero(net, zero):
+    net = to_runbn(net())
+    want = drawn(net)
+    if zero: want['0.weight'][::2] = 0
+    same_means(kept(net), want)
 
 def test_nothing_is_kept_without_running_norms():
     assert not kept(nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4), nn.Conv2d(4,4,3)))
 
-@pytest.mark.parametrize('trained', ['nothing','a BatchNorm that stays one','the filters without a norm'])
-def test_filters_without_a_norm_are_centred_where_nothing_is_trained(trained):
-    "An encoder without norms, or one whose norms are excluded, may come trained into a model whose other norms are not"
-    encoder = nn.Sequential(*[m for i in (2,16,32) for m in (nn.Conv2d(i,16*(1+i//16),3), nn.ReLU())])
-    other,head = nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4)),nn.Sequential(nn.Conv2d(48,8,1), nn.BatchNorm2d(8), nn.Conv2d(8,2,1))
-    model = to_runbn(nn.ModuleDict(dict(encoder=encoder, other=other, head=head)), include='head.*')
-    if trained=='a BatchNorm that stays one': other(torch.randn(2,2,5,5))
-    if trained=='the filters without a norm':
-        opt = torch.optim.Adam(encoder.parameters(), .01)
-        for _ in range(20):
-            opt.zero_grad()
-            encoder(torch.randn(4,2,9,9)).square().mean().backward()
-            opt.step()
-    before,got = {n:p.detach().mean([1,2,3], keepdim=True) for n,p in model.named_parameters() if p.ndim==4},kept(model)
-    zero = {'head.0.weight'} if trained!='nothing' else got.keys()
-    assert got.keys()=={'encoder.0.weight','encoder.2.weight','encoder.4.weight','head.0.weight','head.2.weight'}
-    for n,mean in got.items():
-        if n in zero: assert not torch.is_tensor(mean)
-        else: assert torch.equal(mean, before[n])
+def test_norms_of_any_kind_can_be_named():
+    "And those without statistics are taken for untrained"
+    net = nn.Sequential(nn.Conv2d(2,4,3), nn.GroupNorm(2,4), nn.Conv2d(4,4,3), nn.BatchNorm2d(4))
+    want = drawn(net)
+    for mean in want.values(): mean[::2] = 0
+    same_means(kept(net, ['1','3']), want)
 
 def test_means_of_filters_are_taken_where_the_model_trains(make):
     "After callbacks have moved it: fastai puts it on its device in `before_fit`, later than the callback converts"

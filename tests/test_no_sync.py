@@ -5,7 +5,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
-from fastai_runbn.moments import AdaptiveWindow,SampleWindow
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 
 aten = torch.ops.aten
@@ -36,9 +35,9 @@ def train(layer, x):
     y = layer(x)
     y.backward(torch.ones_like(y))
 
-kinds = {'default':{}, 'adaptive':dict(window=AdaptiveWindow()), 'lesson10':LESSON10,
+kinds = {'default':{}, 'lesson10':LESSON10,
     'cumulative':dict(momentum=None),
-    'window':dict(window=SampleWindow(20), clamp=None, persistent_window=True)}
+    'window':dict(window=20, clamp=None, persistent_window=True)}
 settings = pytest.mark.parametrize('settings', kinds.values(), ids=kinds)
 
 @settings

@@ -3,7 +3,7 @@ from functools import partial
 import numpy as np,torch
 from hypothesis import given,strategies as st
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
-from fastai_runbn.moments import AdaptiveWindow,SampleWindow,auto_momentum,lesson10_weight
+from fastai_runbn.moments import AdaptiveWindow,auto_momentum,lesson10_weight
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from oracle import Oracle,channels
 
@@ -12,7 +12,7 @@ tols = {torch.float64:1e-9, torch.float32:2e-4, torch.bfloat16:2e-2, torch.float
 
 def by_values(bs, M): return M/(M+20)
 lengths = st.floats(1,40)
-windows = st.one_of(lengths, lengths.map(SampleWindow), lengths.map(AdaptiveWindow),
+windows = st.one_of(lengths, lengths.map(AdaptiveWindow),
     st.just(by_values), st.just(lesson10_weight))
 momenta = st.one_of(st.just(auto_momentum), st.just(auto_momentum), st.just(None), st.floats(0,1))
 settings = st.fixed_dictionaries(dict(window=windows, momentum=momenta, running_grad=st.sampled_from([0.,.25,.5,1.]), eval_window=st.one_of(st.none(), st.integers(1,300)),

@@ -5,7 +5,7 @@ import pytest,torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn,update_bn
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,RunningBatchNormMixin,runbn_settings,window_buffers
-from fastai_runbn.moments import AutoMomentum,SampleWindow
+from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
 from fastai_runbn.surgery import to_bn,to_runbn
 
 five = ['weight','bias','running_mean','running_var','num_batches_tracked']
@@ -30,7 +30,7 @@ def same_state(a, b):
     pytest.param(dict(window=8), id='window'),
     pytest.param(dict(dtype=torch.float64), id='float64'),
     pytest.param(dict(dtype=torch.bfloat16), id='bfloat16'),
-    pytest.param(dict(window=SampleWindow(8)), id='SampleWindow'),
+    pytest.param(dict(window=8), id='8 samples'),
     pytest.param(LESSON10, id='lesson 10')])
 def test_every_form_has_batch_norms_state_and_evaluation(kw):
     plain = {k:v for k,v in kw.items() if k in ('affine','eps','dtype')}
@@ -85,10 +85,10 @@ def test_positional_arguments_are_batch_norms():
     assert (rbn.eps, rbn.momentum, rbn.affine, rbn.running_mean.is_meta, rbn.window_mean.is_meta, rbn.window_mean.dtype) == (1e-3,.2,False,True,True,torch.float64)
 
 def test_repr_tells_every_setting():
-    settings = dict(window=SampleWindow(30), momentum=.03, running_grad=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True, backend='formulas')
+    settings = dict(window=AdaptiveWindow(30), momentum=.03, running_grad=.25, eval_window=77, clamp=[.3,.2], clamp_inclusive=True, persistent_window=True, backend='formulas')
     assert settings.keys() == runbn_settings().keys()
     text = repr(RunningBatchNorm2d(3, **settings))
-    for part in ('window=SampleWindow(30)','momentum=0.03','running_grad=0.25','eval_window=77','clamp=0.3 to 0.2 in 2 samples','clamp_inclusive=True','persistent_window=True'): assert part in text
+    for part in ('window=AdaptiveWindow(30)','momentum=0.03','running_grad=0.25','eval_window=77','clamp=0.3 to 0.2 in 2 samples','clamp_inclusive=True','persistent_window=True'): assert part in text
 
 # files
 
@@ -177,7 +177,7 @@ def test_made_on_meta_then_loaded():
 
 @pytest.mark.parametrize('copy', [deepcopy, lambda l: pickle.loads(pickle.dumps(l)), lambda l: through_file(l, weights_only=False)], ids=['deepcopy','pickle','torch.save'])
 def test_copies_after_a_training_forward(copy):
-    a = trained(RunningBatchNorm2d(3, window=SampleWindow(9)), 3)
+    a = trained(RunningBatchNorm2d(3, window=AdaptiveWindow(9)), 3)
     a(batch().requires_grad_())                                         # a graph is alive
     b = copy(a)
     same_state(a, b)

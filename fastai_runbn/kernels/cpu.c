@@ -52,10 +52,10 @@ enum { MOMENTS = 1, MERGE = 2, NORMALISE = 4, SUMS = 8, REACT = 16, DX = 32 };  
 enum { LINEAR, RELU, SILU };                                                    // act
 enum { UPDATE = 1, INCLUSIVE = 2, CLIPPED = 4, OWN_AVERAGE = 8, SET = 16, CUMULATIVE = 32,
        CLAMPED = 64, RUNNING = 128, ADAPTIVE = 256 };                           // flags
-enum { LENGTH, INNOVATIONS, SQUARE, LAST };                                     // of innovations
+enum { LENGTH, INNOVATIONS, SQUARE, TRACE };                                    // of innovations
 enum { MEAN, VAR, SHARE, FACTOR, BATCH_MEAN, BATCH_VAR, UNPAID };               // rows of saved
 enum { ROWS = 4, PAST = 4 << 20 };                                              // see cl_sum, write
-enum { HEAD_START = 9, FULL_STEPS = 1 << 24 };                                  // as in Python
+enum { HEAD_START = 9, FULL_STEPS = 1 << 24, ENOUGH = 16 };                     // as in Python
 enum { DONE, NO_MEMORY };                                                       // what calls return
 enum { BY_OTHERS = 1, TRAINED = 2 };                                            // written
 
@@ -305,7 +305,7 @@ static void F(follow)(call *p, i64 c0, i64 c1) {
         count[c] = trained ? -1 : 0;
         steps[c] = batches > 0 ? HEAD_START + batches : trained ? FULL_STEPS : HEAD_START;
         grad[c] = grad[C + c] = 0;
-        for (i64 row = LENGTH; innovations && row <= LAST; row++) innovations[row * C + c] = 0;
+        for (i64 row = LENGTH; innovations && row <= TRACE; row++) innovations[row * C + c] = 0;
         floor[c] = trained ? p->full_floor : p->fresh_floor;
         __atomic_fetch_or(&p->written, BY_OTHERS | (trained ? TRAINED : 0), __ATOMIC_RELAXED);
     }
@@ -317,21 +317,22 @@ static void F(adapt)(call *p, i64 c0, i64 c1) {
     const i64 C = p->C;
     const int update = p->flags & UPDATE;
     const T bs = p->samples, longest = p->longest, eps = p->eps;
+    const T first = p->M < ENOUGH ? bs * ENOUGH / p->M : bs;
     const T *restrict mean = p->mean, *restrict var = p->var, *restrict count = p->count;
     T *restrict length = p->innovations, *restrict batches = length + INNOVATIONS * C;
-    T *restrict square = length + SQUARE * C, *restrict last = length + LAST * C;
+    T *restrict square = length + SQUARE * C, *restrict trace = length + TRACE * C;
     T *restrict s = p->saved, *restrict a = s + SHARE * C;
     const T *restrict bmean = s + BATCH_MEAN * C, *restrict bvar = s + BATCH_VAR * C;
     #pragma omp simd
     for (i64 c = c0; c < c1; c++) {
-        T t = batches[c], n = t > 0 ? length[c] : count[c] < 0 ? longest : bs;
+        T t = batches[c], n = t > 0 ? length[c] : count[c] < 0 ? longest : first;
         n = n < longest ? n : longest;
         a[c] = bs < n ? bs / n : 1;
         T e = (bmean[c] - mean[c]) / F(root)(var[c] + eps), t1 = t + 1;
         T part = 1 / t1;
         part = part > (T)(1. / 32) ? part : (T)(1. / 32);
         T square1 = F(between)(square[c], e * e, part);
-        T lag = e * last[c] / (square1 + (T)1e-12);
+        T lag = e * trace[c] * F(root)(a[c] * (2 - a[c])) / (square1 + (T)1e-12);
         lag = lag > 1 ? 1 : lag;
         lag = lag < -1 ? -1 : lag;
         T rate = 1 / F(root)(t1 + 100);
@@ -343,7 +344,7 @@ static void F(adapt)(call *p, i64 c0, i64 c1) {
         length[c] = learns ? n1 : length[c];
         batches[c] = learns ? t1 : t;
         square[c] = learns ? square1 : square[c];
-        last[c] = learns ? e : last[c];
+        trace[c] = learns ? trace[c] + e - a[c] * trace[c] : trace[c];
     }
 }
 

@@ -14,7 +14,7 @@ import torch, triton, triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 from ..formulas import Formulas,KeptStep,full_samples,full_steps
-from ..moments import head_start
+from ..moments import enough,head_start
 from . import cpu
 from .cpu import flags_of,forward_wrote,like,readable
 
@@ -28,7 +28,7 @@ OWN_AVERAGE,SET,CUMULATIVE = map(tl.constexpr, (cpu.OWN_AVERAGE,cpu.SET,cpu.CUMU
 CLAMPED,RUNNING,ADAPTIVE = map(tl.constexpr, (cpu.CLAMPED,cpu.RUNNING,cpu.ADAPTIVE))
 WEIGHT,WEIGHTS,AVERAGE,PAYS,SCALE = map(tl.constexpr, (1,2,4,8,16)) # which numbers are in memory
 LEFT_OUT,BY_OTHERS,TRAINED = map(tl.constexpr, (1,2,4)) # what a program tells of its channels
-HEAD,FULL_STEPS,FULL_SAMPLES = map(tl.constexpr, (head_start,full_steps,full_samples))
+HEAD,FULL_STEPS,FULL_SAMPLES,ENOUGH = map(tl.constexpr, (head_start,full_steps,full_samples,enough))
 INF = tl.constexpr(math.inf)
 
 # Read a channel at a time: where they are aligned is no reason to compile again
@@ -163,18 +163,20 @@ def _follow(window, average, known, batches, seen, grad, innovations, c, C):
     return mean,var,count,steps,seen,tell,new
 
 @triton.jit
-def _adapt(m, v, mean, var, count, innovations, c, C, bs, longest, eps, new, FLAGS:tl.constexpr):
+def _adapt(m, v, mean, var, count, innovations, c, C, M, bs, longest, eps, new,
+           FLAGS:tl.constexpr):
     "`adapt` of moments.py: weight of the batch; `new`: channels that start anew"
     length,t = _per_channel(innovations, c, C, 1.),_per_channel(innovations+C, c, C, 1.)
-    square,last = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
+    square,trace = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
     t = tl.where(new, 0., t) # which may not be there yet, where another thread wrote it
-    square,last = tl.where(new, 0., square),tl.where(new, 0., last)
-    n = tl.where(t>0., length, tl.where(count<0., longest, bs))
+    square,trace = tl.where(new, 0., square),tl.where(new, 0., trace)
+    first = bs*tl.maximum(ENOUGH*1./M, 1.)
+    n = tl.where(t>0., length, tl.where(count<0., longest, first))
     n = tl.minimum(n, longest)
     a = tl.where(bs<n, bs/n, 1.)
     e,t1 = (m-mean)*tl.rsqrt(var+eps),t+1.
     square1 = _between(square, e*e, tl.maximum(1./t1, 1./32))
-    lag = tl.minimum(tl.maximum(e*last/(square1+1e-12), -1.), 1.)
+    lag = tl.minimum(tl.maximum(e*trace*tl.sqrt(a*(2.-a))/(square1+1e-12), -1.), 1.)
     step = lag*tl.maximum(tl.rsqrt(t1+100.), .01)
     n1 = tl.minimum(tl.maximum(n*(1.-step+step*step/2.), bs), longest)
     if UPDATE & FLAGS:
@@ -182,7 +184,7 @@ def _adapt(m, v, mean, var, count, innovations, c, C, bs, longest, eps, new, FLA
         tl.store(innovations+c, n1, mask=learns)
         tl.store(innovations+C+c, t1, mask=learns)
         tl.store(innovations+2*C+c, square1, mask=learns)
-        tl.store(innovations+3*C+c, e, mask=learns)
+        tl.store(innovations+3*C+c, trace+e-a*trace, mask=learns)
     return a
 
 @triton.jit
@@ -201,7 +203,8 @@ def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:t
             (to_known_mean,to_known_var), batches, seen, grad, innovations, c, C)
     # the window
     if ADAPTIVE & FLAGS:
-        a = _adapt(m, v, mean, var, count, innovations, c, C, samples*1., longest, eps, new, FLAGS)
+        a = _adapt(m, v, mean, var, count, innovations, c, C, M, samples*1., longest, eps, new,
+            FLAGS)
     elif WEIGHTS & IN_MEMORY: a = _per_channel(a, c, C, 1.)
     else: a = _number(a, WEIGHT & IN_MEMORY)
     n = (1.-a)*tl.where(count<-.5, M*1., count)+a*M
