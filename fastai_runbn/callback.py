@@ -48,8 +48,9 @@ def _left(conv, after, norms, shared, trained):
     if shared[id(w)]>1: return 'shared'
     if trained is not None and id(w) not in trained: return 'not in the optimizer'
     if w.shape[1]==1 and conv.groups>1: return 'depthwise'
-    no_norm = after is None or isinstance(after, (_ConvNd,nn.Linear))
-    return '' if no_norm or after in norms else f'before a {type(after).__name__}'
+    if after is None: return 'last' # a head, as a linear one is
+    followed = isinstance(after, (_ConvNd,nn.Linear)) or after in norms
+    return '' if followed else f'before a {type(after).__name__}'
 
 def _untrained(norm):
     "Has `norm` seen no batch yet? One without statistics cannot tell"

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
-from .moments import AdaptiveWindow,Innovations,batch_moments,trust,window_weight
+from .moments import AdaptiveWindow,adapt,batch_moments,trust,window_share,window_weight
 from .surgery import surgery_report
 
 # %% ../nbs/11_interpret.ipynb #59a1e2d1
@@ -114,12 +114,14 @@ def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
     n = m.window_count.median().item()
     if n==0: return 1.,math.nan
-    rows,samples,_ = m.last_batch or (0,0,0)
+    rows,samples,values = m.last_batch or (0,0,0)
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
     if n<0 or bs is None: return math.nan,math.nan
-    if isinstance(m.window, AdaptiveWindow): # full after a batch; the share of the median channel
-        known = Innovations(*m.window_innovations)
-        return (min(1., bs/known.length.median().item()) if known.batches.any() else 1.),n
+    if isinstance(m.window, AdaptiveWindow) and samples: # the median of what channels give it
+        M,moments = values*bs/samples,(m.window_mean,m.window_var)
+        window = m.window_count,*moments
+        a,_ = adapt(m.window_innovations, window, moments, bs, M, m.window.samples, m.eps)
+        return window_share(m.window_count, M, a)[1].median().item(),M
     young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
     for _ in range(6):                # the weight is a function of M in turn
         a = window_weight(m.window, bs, M)
@@ -310,6 +312,7 @@ def _plot_scatter(df, mean, var, title):
         ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=what.capitalize() if what=='mean' else 'Standard deviation σ')
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
     fig.suptitle(title)
+    fig.draw_without_rendering()       # the layout settles: legends change the ticks, whose labels take space
 
 # %% ../nbs/11_interpret.ipynb #4b03e22b
 @patch

@@ -50,6 +50,7 @@ class AdaptiveWindow:
         if not self.samples>0:
             raise ValueError(f'AdaptiveWindow({self.samples!r}): a number of samples over 0 was '
                 'expected.')
+    def __repr__(self): return f'AdaptiveWindow({self.samples:g})'
     def __call__(self, bs:int|Tensor, M:int|Tensor=None)->float|Tensor:
         "The least weight, of the longest window"
         return at_most_1(bs/self.samples)

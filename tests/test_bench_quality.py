@@ -169,7 +169,9 @@ def test_further_seeds_are_for_those_near_the_best():
     assert further({'ours':.5,'GroupNorm':.46,'BatchNorm':.4})=={(n,low,s) for n in norms[:2] for s in (1,2)}
     assert further({'ours':.5,'GroupNorm':.46,'BatchNorm':.4}, .2)=={(n,low,s) for n in norms for s in (1,2)}
     partly = rows({'ours':.5})
-    assert not due(partly[partly.norm!='MABN'], ['R2'], 3, '^ours$', (1,))       # one norm has not been tried yet
+    untried = partly[partly.norm!='MABN']                                         # one norm, of those asked for
+    assert not any(t['seed'] for t in due(untried, ['R2'], 3, sizes=(1,)))
+    assert {t['seed'] for t in due(untried, ['R2'], 3, '^ours$', (1,))}=={1,2}
 
 @pytest.fixture
 def scans(tmp_path):

@@ -364,11 +364,13 @@ def due(
     have,todo = {*map(tuple, done[list(_key)].values.tolist())},[]
     for name in names:
         r = regimes[name]
-        for bs,seed,norm in itertools.product(sizes or r.sizes, range(seeds), [n for n in (*r.norms,*r.variants) if re.search(norms, n)]):
+        chosen = [n for n in (*r.norms,*r.variants) if re.search(norms, n)]
+        for bs,seed,norm in itertools.product(sizes or r.sizes, range(seeds), chosen):
             if bs!=r.sizes[0] and norm in r.variants: continue
             rates = r.rates
             if seed and not (r.every_rate and bs==r.sizes[0]):
-                rates = _next_rates(done, r, name, norm, bs, near)
+                rivals = [norm, *[n for n in chosen if n in r.norms]]
+                rates = _next_rates(done[(done.regime==name) & (done.bs==bs)], rates, norm, rivals, near)
             todo += [t for lr in rates if tuple((t := dict(zip(_key, (name,norm,bs,lr,seed)))).values()) not in have]
     return todo
 
@@ -379,11 +381,11 @@ def best_rate(df):
     scores = df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.agg(['size','mean'])
     return float(scores[scores['size']==scores['size'].max()]['mean'].idxmax())
 
-def _next_rates(done, r, name, norm, bs, near):
-    "The rate that gets further seeds: the best with the first, once all first trials are there"
-    first = done[(done.regime==name) & (done.bs==bs) & (done.seed==0)]
-    counts = first.groupby('norm').size().reindex([norm, *r.norms], fill_value=0)
-    if (counts<len(r.rates)).any(): return []
+def _next_rates(done, rates, norm, rivals, near):
+    "The rate at which `norm` gets further seeds: the best with the first, once those of its rivals are there"
+    first = done[done.seed==0]
+    counts = first.groupby('norm').size().reindex(rivals, fill_value=0)
+    if (counts<len(rates)).any(): return []
     best = first.assign(score=pd.to_numeric(first.score)).groupby('norm').score.max()
     if not best[norm]>=best.max()-near: return []
     return [best_rate(first[first.norm==norm])]
