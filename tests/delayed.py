@@ -44,16 +44,17 @@ class DelayedNorm(nn.Module):
         "Of a batch; `at`: mean, variance, count and `Innovations`, which this moves on"
         if not isinstance(self.rule, AdaptiveWindow):
             return self.rule(bs, M) if callable(self.rule) else min(1, bs/self.rule)
-        mean,var,count,(n,t,square,last) = at['mean'],at['var'],at['n'],at['known']
+        mean,var,count,(n,t,square,trace) = at['mean'],at['var'],at['n'],at['known']
         if t[0]==0: n = torch.full_like(n, min(max(bs, 16*bs/M), self.rule.samples))
+        a = (bs/n).clamp(max=1)
         if count[0]>0:
             e = (m-mean)/(var+self.eps)**.5
             t = t+1
             square = square+(e**2-square)*max(1/32, 1/t[0])
-            lag = (e*last/(square+1e-12)).clamp(-1, 1)
+            lag = (e*trace*(a*(2-a))**.5/(square+1e-12)).clamp(-1, 1)
             step = max(.01, 1/(t[0]+100)**.5)*lag
-            at['known'] = [(n*(1-step+step**2/2)).clamp(bs, self.rule.samples),t,square,e]
-        return (bs/n).clamp(max=1)
+            at['known'] = [(n*(1-step+step**2/2)).clamp(bs, self.rule.samples),t,square,(1-a)*trace+e]
+        return a
     def average_share(self, bs, rho):
         if self.momentum is None: return rho.new_tensor(1/self.t)
         if not isinstance(self.momentum, AutoMomentum): return rho.new_tensor(self.momentum)

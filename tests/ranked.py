@@ -147,7 +147,7 @@ def uneven(rank, world, mode, last):
 
 def bad_batch(rank, world, mode, bad):
     "A batch of the rank `bad` has a NaN in one channel; the windows afterwards"
-    model = small()
+    model = small(window=60)
     sync = sync_window(model, mode)
     net = DDP(model)
     opt = torch.optim.SGD(net.parameters(), 0.)

@@ -170,13 +170,15 @@ def _adapt(m, v, mean, var, count, innovations, c, C, M, bs, longest, eps, new,
     square,trace = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
     t = tl.where(new, 0., t) # which may not be there yet, where another thread wrote it
     square,trace = tl.where(new, 0., square),tl.where(new, 0., trace)
-    first = bs*tl.maximum(ENOUGH*1./M, 1.)
+    first = bs*tl.maximum(1./M*ENOUGH, 1.)
     n = tl.where(t>0., length, tl.where(count<0., longest, first))
     n = tl.minimum(n, longest)
     a = tl.where(bs<n, bs/n, 1.)
     e,t1 = (m-mean)*tl.rsqrt(var+eps),t+1.
     square1 = _between(square, e*e, tl.maximum(1./t1, 1./32))
-    lag = tl.minimum(tl.maximum(e*trace*tl.sqrt(a*(2.-a))/(square1+1e-12), -1.), 1.)
+    spread = a*(2.-a)
+    lag = e*trace*spread*tl.rsqrt(spread)/(square1+1e-12)
+    lag = tl.minimum(tl.maximum(lag, -1.), 1.)
     step = lag*tl.maximum(tl.rsqrt(t1+100.), .01)
     n1 = tl.minimum(tl.maximum(n*(1.-step+step*step/2.), bs), longest)
     if UPDATE & FLAGS:
