@@ -14,11 +14,12 @@ few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
 compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints or what_they_say']
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
 triton = ['tests/test_triton.py','-x','-k','stays_out or is_last or large_mean or does_not_compile or parts_are or 30_steps and last']
+triton_calls = ['tests/test_triton.py','-n0','-k','every_call']
 others = ['tests/test_triton.py','-n0','-k','(others_write or overflows) and not split']
 graphs = ['tests/test_graph.py','-n0']
 others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
-learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or filters_without_a_norm or means_of_filters and plain']
+learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 adapts = ['tests/test_distributed.py','-k','adaptive']
@@ -38,6 +39,14 @@ mutations = [
         'n*(1+step+step*step/2)', formulas),
     ('what is known of innovations stays where others write', 'formulas',
         'seeds = *seeds,(s.innovations,0.)', 'pass', contract),
+    ('the last innovation in the place of their trace', 'moments', 'trace+e-a*trace', 'e',
+        formulas),
+    ('a trace that is as long as an average', 'moments', '*(a*(2-a)).sqrt()', '',
+        formulas),
+    ('C: the last innovation in the place of their trace', 'kernels/cpu.c',
+        'trace[c] + e - a[c] * trace[c]', 'e', kernels),
+    ('Triton: the last innovation in the place of their trace', 'kernels/cuda',
+        'trace+e-a*trace', 'e', triton_calls),
     ('ranks: an adaptive window that learns nothing', 'distributed',
         'torch.where((longest>0)&(bs>0), new, old.innovations)', 'old.innovations', adapts),
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '',
@@ -107,22 +116,17 @@ mutations = [
         learners),
     ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w, nonzero)-mean)', 'pass',
         learners),
-    ('filters: at zero in trained nets too', 'callback', '0. if zero or untrained or',
-        '0. if True or', learners),
-    ('filters: where they are in untrained nets too', 'callback', ' or untrained', '', learners),
-    ('filters: those of one channel each too', 'callback',
-        "if w.shape[1]==1: return 'one input channel'", 'pass', learners),
+    ('filters: half at zero in trained nets too', 'callback', 'after in norms and _untrained(after)',
+        'after in norms', learners),
+    ('filters: none at zero', 'callback', 'mean[::2] = 0', 'pass', learners),
+    ('filters: all at zero', 'callback', 'mean[::2] = 0', 'mean[:] = 0', learners),
+    ('filters: depthwise ones too', 'callback', 'w.shape[1]==1 and conv.groups>1', 'False', learners),
     ('filters: whatever stands before whatever', 'callback',
-        'not why and not normed and not isinstance(after, (_ConvNd,nn.Linear,type(None)))', 'False',
-        learners),
-    ('filters: without a norm, not at zero', 'callback', 'self.filters.update(free)', 'pass',
-        learners),
-    ('filters: without a norm, at zero beside trained norms', 'callback',
-        ' and not any(t.any() for t in stats)', '', learners),
-    ('filters: without a norm, at zero where they are trained', 'callback', '<=2*sum(',
-        '<=1e9*sum(', learners),
+        "return '' if followed else", "return '' if True else", learners),
+    ('filters: the last ones too', 'callback', "if after is None: return 'last'",
+        "if after is None: return ''", learners),
     ('filters: means from before the model has moved', 'callback',
-        'self.means = None # not chosen yet', 'self.keep_means()', learners),
+        'self.means = None # not chosen yet', 'self.choose_filters()', learners),
     ('interpretation leaves the model in evaluation', 'interpret',
         'for m,mode in modes: m.training = mode', 'pass', looks),
     ("interpretation trains the model's own norms", 'interpret', 'return deepcopy(m, {',
