@@ -993,6 +993,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'fastai_runbn/moments.py'),
                                       'fastai_runbn.moments.AdaptiveWindow.__post_init__': ( 'moments.html#adaptivewindow.__post_init__',
                                                                                              'fastai_runbn/moments.py'),
+                                      'fastai_runbn.moments.AdaptiveWindow.__repr__': ( 'moments.html#adaptivewindow.__repr__',
+                                                                                        'fastai_runbn/moments.py'),
                                       'fastai_runbn.moments.AutoMomentum': ('moments.html#automomentum', 'fastai_runbn/moments.py'),
                                       'fastai_runbn.moments.AutoMomentum.__repr__': ( 'moments.html#automomentum.__repr__',
                                                                                       'fastai_runbn/moments.py'),
