@@ -58,7 +58,7 @@ def _untrained(norm):
     return mean is None or not (mean.any() or norm.num_batches_tracked)
 
 class FilterMeans:
-    "The filters of convolutions keep the means that they have, but before an untrained norm every second one has a mean of zero"
+    "Filters of convolutions keep their means; before an untrained norm every second one has zero"
     @torch.no_grad()
     def __init__(self,
         model:nn.Module, # With running norms; without any, nothing is kept
@@ -132,26 +132,30 @@ class RunBNCallback(Callback):
         include:str|list=None, # Names or globs of the layers to convert; default: all
         exclude:str|list=None, # Names or globs of layers to leave
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
-        keep_means:bool|None=None, # Do the filters of convolutions keep their means (`FilterMeans`)? `None`: unless `running_grad` is 0
+        keep_means:bool|None=None, # Do filters keep their means? `None`: unless `running_grad` is 0
         graph:bool=False, # Forward and backward of the model in a CUDA graph? (`GraphCallback`)
         sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
-        if keep_means not in (None,True,False): raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
+        if keep_means not in (None,True,False):
+            raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
         if graph not in (True,False):
             raise ValueError(f"graph={graph!r}: True or False was expected.")
         if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
         self.graph,self._graph = graph,None
         self.choice,self.settings,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,sync
-        self.keep_means,self.means = kwargs.get('running_grad')!=0 if keep_means is None else keep_means,None
+        if keep_means is None: keep_means = kwargs.get('running_grad')!=0
+        self.keep_means,self.means = keep_means,None
         self._looked,self._sync,self._bs = False,None,None
 
     @property
     def report(self):
         "What became of every norm of the model, as it is now, and of the filters of its convolutions, once it trained"
         report = surgery.surgery_report(unwrapped(self.learn.model), **self.choice)
-        report.filters = '' if self.means is None else 'Filters of convolutions: none keep their means (keep_means=False)' if not self.keep_means else repr(self.means)
+        none = 'Filters of convolutions: none keep their means (keep_means=False)'
+        if self.means is None: report.filters = ''
+        else: report.filters = repr(self.means) if self.keep_means else none
         return report
 
     def before_fit(self):

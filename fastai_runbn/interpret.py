@@ -312,7 +312,7 @@ def _plot_scatter(df, mean, var, title):
         ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=what.capitalize() if what=='mean' else 'Standard deviation σ')
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
     fig.suptitle(title)
-    fig.draw_without_rendering()       # the layout settles: legends change the ticks, whose labels take space
+    fig.draw_without_rendering() # the layout settles: legends change ticks, whose labels take space
 
 # %% ../nbs/11_interpret.ipynb #4b03e22b
 @patch

@@ -53,7 +53,8 @@ class DelayedNorm(nn.Module):
             square = square+(e**2-square)*max(1/32, 1/t[0])
             lag = (e*trace*(a*(2-a))**.5/(square+1e-12)).clamp(-1, 1)
             step = max(.01, 1/(t[0]+100)**.5)*lag
-            at['known'] = [(n*(1-step+step**2/2)).clamp(bs, self.rule.samples),t,square,(1-a)*trace+e]
+            n = (n*(1-step+step**2/2)).clamp(bs, self.rule.samples)
+            at['known'] = [n,t,square,(1-a)*trace+e]
         return a
     def average_share(self, bs, rho):
         if self.momentum is None: return rho.new_tensor(1/self.t)

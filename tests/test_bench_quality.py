@@ -137,7 +137,9 @@ def _filter_means(norm):
 
 @pytest.mark.parametrize('norm', ['GroupNorm','BatchRenorm','MABN','BatchNorm'])
 def test_means_are_kept_under_any_norm_as_under_ours(norm):
-    def like_ours(first, second): return all(torch.allclose(a[1::2], b[1::2], atol=1e-6) and a[::2].abs().max()<1e-6 for a,b in zip((first,second), drawn))
+    def near(a, b): return torch.allclose(a, b, atol=1e-6)
+    def like_ours(*means):
+        return all(near(a[1::2], b[1::2]) and a[::2].abs().max()<1e-6 for a,b in zip(means, drawn))
     drawn,after = _filter_means(f'{norm}, means kept')
     assert like_ours(*after) and like_ours(*_filter_means('ours')[1])
     free = _filter_means('ours, filters free')
@@ -145,9 +147,10 @@ def test_means_are_kept_under_any_norm_as_under_ours(norm):
 
 def test_filters_of_the_variants():
     drawn,after = _filter_means('ours, filters as drawn')
-    assert torch.allclose(drawn[0], after[0], atol=1e-6) and torch.allclose(drawn[1], after[1], atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a,b in zip(drawn, after))
     learn,_ = _after_a_step('ours, filters at zero')
-    assert {type(m).__name__ for m in learn.model.modules() if isinstance(m, nn.Conv2d)}=={'CenConv2d'}
+    convs = {type(m).__name__ for m in learn.model.modules() if isinstance(m, nn.Conv2d)}
+    assert convs=={'CenConv2d'}
 
 @pytest.mark.parametrize('regime,norm', [('H1','MABN'),('H2','GroupNorm + WS'),('H2','ours'),
     ('H3','BatchRenorm'),('H3','MABN'),('H3','ours'),('H3','InstanceNorm, means kept'),('H4','ours'),
@@ -163,13 +166,17 @@ def test_other_nets_train(regime, norm, photos):
 def test_further_seeds_are_for_those_near_the_best():
     norms = ('ours','GroupNorm','BatchNorm')
     todo = due(load_quality('nowhere'), ['R2'], 3, sizes=(1,))
-    def rows(scores): return pd.DataFrame([dict(t, score=scores.get(t['norm'], .1)-t['lr']) for t in todo])
-    def further(scores, near=.05): return {(t['norm'],t['lr'],t['seed']) for t in due(rows(scores), ['R2'], 3, sizes=(1,), near=near)}
+    def rows(scores):
+        return pd.DataFrame([dict(t, score=scores.get(t['norm'], .1)-t['lr']) for t in todo])
+    def further(scores, near=.05):
+        trials = due(rows(scores), ['R2'], 3, sizes=(1,), near=near)
+        return {(t['norm'],t['lr'],t['seed']) for t in trials}
     low = min(regimes['R2'].rates)
-    assert further({'ours':.5,'GroupNorm':.46,'BatchNorm':.4})=={(n,low,s) for n in norms[:2] for s in (1,2)}
-    assert further({'ours':.5,'GroupNorm':.46,'BatchNorm':.4}, .2)=={(n,low,s) for n in norms for s in (1,2)}
+    scores = {'ours':.5,'GroupNorm':.46,'BatchNorm':.4}
+    assert further(scores)=={(n,low,s) for n in norms[:2] for s in (1,2)}
+    assert further(scores, .2)=={(n,low,s) for n in norms for s in (1,2)}
     partly = rows({'ours':.5})
-    untried = partly[partly.norm!='MABN']                                         # one norm, of those asked for
+    untried = partly[partly.norm!='MABN']      # one norm, of those asked for
     assert not any(t['seed'] for t in due(untried, ['R2'], 3, sizes=(1,)))
     assert {t['seed'] for t in due(untried, ['R2'], 3, '^ours$', (1,))}=={1,2}
 

@@ -128,7 +128,8 @@ def test_filters_keep_their_means_from_fit_to_fit(make):
         learn.fit(1, 1e-3, cbs=[*cbs,ShortEpochCallback(.1),grads])
         assert 0<grads.seen<1e-6
         assert list(learn.run_bn.means.filters) == list(drawn)
-        for n,mean in means(learn).items(): torch.testing.assert_close(mean, drawn[n], rtol=0, atol=1e-6)
+        for n,mean in means(learn).items():
+            torch.testing.assert_close(mean, drawn[n], rtol=0, atol=1e-6)
     learn.freeze()
     learn.fit(1, 1e-3, cbs=ShortEpochCallback(.05))
     filters = learn.run_bn.means.filters
@@ -148,7 +149,9 @@ def test_filters_of_trained_models_keep_their_means(make):
         torch.testing.assert_close(after[n].mean([1,2,3]), before[n].mean([1,2,3]), rtol=0, atol=1e-7)
         assert before[n].mean([1,2,3]).abs().max()>1e-4
 
-def drawn(net): return {n:p.detach().mean([*range(1, p.ndim)], keepdim=True) for n,p in net.named_parameters() if p.ndim>2}
+def drawn(net):
+    filters = {n:p.detach() for n,p in net.named_parameters() if p.ndim>2}
+    return {n:w.mean([*range(1, w.ndim)], keepdim=True) for n,w in filters.items()}
 
 def kept(net, *args): return {n:mean for n,(_,mean,_) in FilterMeans(net, *args).filters.items()}
 
@@ -162,7 +165,8 @@ def test_filters_are_those_that_are_not_depthwise_nor_before_another_norm():
     want = {f'{i}.weight':drawn(net)[f'{i}.weight'] for i in (0,4,9,16)}
     for i in (0,4,16): want[f'{i}.weight'][::2] = 0       # before a norm
     same_means(kept(net), want)
-    assert FilterMeans(net).left=={'2.weight':'depthwise','7.weight':'before a GroupNorm','12.weight':'before a PReLU','18.weight':'last'}
+    assert FilterMeans(net).left=={'2.weight':'depthwise','7.weight':'before a GroupNorm',
+        '12.weight':'before a PReLU','18.weight':'last'}
     assert not kept(net, [])
     net[1](torch.randn(2,4,5))                                   # now it is trained,
     want['0.weight'] = drawn(net)['0.weight']

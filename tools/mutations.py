@@ -19,7 +19,8 @@ others = ['tests/test_triton.py','-n0','-k','(others_write or overflows) and not
 graphs = ['tests/test_graph.py','-n0']
 others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
-learners = ['tests/test_learner.py','-k','filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
+learners = ['tests/test_learner.py','-k',
+    'filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 adapts = ['tests/test_distributed.py','-k','adaptive']
@@ -116,11 +117,12 @@ mutations = [
         learners),
     ('filters: not centred after a step', 'callback', 'w.sub_(_mean(w, nonzero)-mean)', 'pass',
         learners),
-    ('filters: half at zero in trained nets too', 'callback', 'after in norms and _untrained(after)',
-        'after in norms', learners),
+    ('filters: half at zero in trained nets too', 'callback',
+        'after in norms and _untrained(after)', 'after in norms', learners),
     ('filters: none at zero', 'callback', 'mean[::2] = 0', 'pass', learners),
     ('filters: all at zero', 'callback', 'mean[::2] = 0', 'mean[:] = 0', learners),
-    ('filters: depthwise ones too', 'callback', 'w.shape[1]==1 and conv.groups>1', 'False', learners),
+    ('filters: depthwise ones too', 'callback', 'w.shape[1]==1 and conv.groups>1', 'False',
+        learners),
     ('filters: whatever stands before whatever', 'callback',
         "return '' if followed else", "return '' if True else", learners),
     ('filters: the last ones too', 'callback', "if after is None: return 'last'",

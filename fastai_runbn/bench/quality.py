@@ -151,7 +151,8 @@ _norms = { # chkstyle: ignore-node, a table
     'BatchRenorm':_batch_renorm,
     'MABN':_mabn}
 
-contenders = { # name: changes a BatchNorm model, given the steps that it will be trained for, and returns callbacks
+# name: changes a BatchNorm model, given the steps that it will be trained for, and returns callbacks
+contenders = {
     **_norms,
     **{f'{name}, means kept':_kept(norm) for name,norm in _norms.items() if name!='MABN'},
     'MABN, means kept':_kept(partial(_mabn, centred=False)),
@@ -214,15 +215,16 @@ _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not cent
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
 _tried = tuple(variants)[:-1] # the last one is for R4
 
-def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False, variants=_axes):
+def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
+            variants=_axes):
     return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs),
         lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, variants,
         every_rate=every_rate)
 
 def _resnet(opt, rates, sizes, accumulate=0, norms=_all, what='', variants=_axes):
     return Regime(f'A small ResNet on photographs, {what}',
-        lambda bs, data: photos_dls(data, bs, part=3750), lambda data: small_resnet(), opt, _one_cycle,
-        4, rates, sizes, norms, variants, accumulate=accumulate, data='images')
+        lambda bs, data: photos_dls(data, bs, part=3750), lambda data: small_resnet(), opt,
+        _one_cycle, 4, rates, sizes, norms, variants, accumulate=accumulate, data='images')
 
 
 # %% ../../nbs/12_bench.quality.ipynb #0c22daa3
@@ -253,21 +255,28 @@ _fine_tuned = ('BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed','Ba
 _no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
 
 regimes = { # chkstyle: ignore-node, a table
-    'R1':_lesson(mnist_dls, sizes=(2,1,32,8,4), what='4,000 MNIST digits, SGD, one cycle', every_rate=True),
-    'R1 constant':_lesson(mnist_dls, _constant, sizes=(2,1,32,8,4), norms=_main, what='4,000 MNIST digits, SGD, constant rate'),
+    'R1':_lesson(mnist_dls, sizes=(2,1,32,8,4), what='4,000 MNIST digits, SGD, one cycle',
+        every_rate=True),
+    'R1 constant':_lesson(mnist_dls, _constant, sizes=(2,1,32,8,4), norms=_main,
+        what='4,000 MNIST digits, SGD, constant rate'),
     'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32,1,8,4), norms=_main, variants=_tried, what="scikit-learn's digits, SGD, one cycle"),
-    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,1,32,8,4), variants=(*_axes,*_tried[1:]), what='Adam, one cycle'),
-    'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,1,32,8,4), norms=_main, what='SGD with momentum, one cycle'),
-    'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32, what='Adam, one cycle, gradients of 32 images accumulated'),
+    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,1,32,8,4), variants=(*_axes,*_tried[1:]),
+        what='Adam, one cycle'),
+    'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,1,32,8,4), norms=_main,
+        what='SGD with momentum, one cycle'),
+    'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32,
+        what='Adam, one cycle, gradients of 32 images accumulated'),
     'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
         lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,), _fine_tuned,
-        ('BatchNorm, means kept','BatchRenorm, means kept','ours, filters free','ours, windows empty at first'), splitter=body_and_head, data='images'),
+        ('BatchNorm, means kept','BatchRenorm, means kept','ours, filters free',
+            'ours, windows empty at first'), splitter=body_and_head, data='images'),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
         _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), _all, _axes, metric=JaccardCoeffMulti()),
     'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet),
     'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet),
     'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
-        partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws, data=''),
+        partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
+        data=''),
     'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet),
     'H5':_with_adam('A small ResNeXt on clothes', small_resnext),
     'V1':_with_adam('A U-Net in three dimensions on hippocampus MRI, segmentation', PlainUnet,
@@ -370,7 +379,8 @@ def due(
             rates = r.rates
             if seed and not (r.every_rate and bs==r.sizes[0]):
                 rivals = [norm, *[n for n in chosen if n in r.norms]]
-                rates = _next_rates(done[(done.regime==name) & (done.bs==bs)], rates, norm, rivals, near)
+                here = done[(done.regime==name) & (done.bs==bs)]
+                rates = _next_rates(here, rates, norm, rivals, near)
             todo += [t for lr in rates if tuple((t := dict(zip(_key, (name,norm,bs,lr,seed)))).values()) not in have]
     return todo
 
@@ -382,7 +392,7 @@ def best_rate(df):
     return float(scores[scores['size']==scores['size'].max()]['mean'].idxmax())
 
 def _next_rates(done, rates, norm, rivals, near):
-    "The rate at which `norm` gets further seeds: the best with the first, once those of its rivals are there"
+    "The rate at which `norm` gets further seeds: the best with the first, if its rivals have that"
     first = done[done.seed==0]
     counts = first.groupby('norm').size().reindex(rivals, fill_value=0)
     if (counts<len(rates)).any(): return []
