@@ -14,7 +14,6 @@ few = [f'tests/test_{o}.py' for o in ('equations','numerics','autograd')]
 compiled = ['tests/test_compile.py','-k','compiled_equals_eager and aot_eager or checkpoints or what_they_say']
 twins = ['tests/test_notebooks.py','tests/test_contract.py','-k','05_twins or test_contract and timm']
 triton = ['tests/test_triton.py','-x','-k','stays_out or is_last or large_mean or does_not_compile or parts_are or 30_steps and last']
-triton_calls = ['tests/test_triton.py','-n0','-k','every_call']
 others = ['tests/test_triton.py','-n0','-k','(others_write or overflows) and not split']
 graphs = ['tests/test_graph.py','-n0']
 others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
@@ -47,7 +46,7 @@ mutations = [
     ('C: the last innovation in the place of their trace', 'kernels/cpu.c',
         'trace[c] + e - a[c] * trace[c]', 'e', kernels),
     ('Triton: the last innovation in the place of their trace', 'kernels/cuda',
-        'trace+e-a*trace', 'e', triton_calls),
+        'trace+e-a*trace', 'e', triton),
     ('ranks: an adaptive window that learns nothing', 'distributed',
         'torch.where((longest>0)&(bs>0), new, old.innovations)', 'old.innovations', adapts),
     ('no spread between batches in the merged variance', 'moments', '.addcmul(step, d-step)', '',
