@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
-from .moments import AdaptiveWindow,merge_moments,takes_tensors,trust,window_share,window_weight
+from .moments import merge_moments,takes_tensors,trust,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window

@@ -117,8 +117,8 @@ def _share(m, bs):
     rows,samples,values = m.last_batch or (0,0,0)
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
     if n<0 or bs is None: return math.nan,math.nan
-    if isinstance(m.window, AdaptiveWindow) and samples: # the median of what channels give it
-        M,moments = values*bs/samples,(m.window_mean,m.window_var)
+    if isinstance(m.window, AdaptiveWindow): # the median of what channels give it
+        M,moments = values*bs/samples if samples else n,(m.window_mean,m.window_var)
         window = m.window_count,*moments
         a,_ = adapt(m.window_innovations, window, moments, bs, M, m.window.samples, m.eps)
         return window_share(m.window_count, M, a)[1].median().item(),M

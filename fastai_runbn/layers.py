@@ -17,8 +17,8 @@ from torch import nn, Tensor
 from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
-from fastai_runbn.moments import (AdaptiveWindow,at_most_1,auto_momentum,lesson10_weight,takes_tensors,trust,
-    window_weight)
+from .moments import AdaptiveWindow,at_most_1,auto_momentum,lesson10_weight
+from .moments import takes_tensors,trust,window_weight
 from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 

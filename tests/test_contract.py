@@ -473,7 +473,10 @@ def test_the_table_has_the_share_that_is():
     set_batch_size(m, 1)
     for _ in range(300): m(torch.randn(256,4))
     rho = RunBNInterpretation(m, bs=1).table().rho.item()
-    assert 1/201<rho<.2
+    old,x = m[0].window_mean.clone(),torch.randn(256,4)
+    m(x)
+    got = ((m[0].window_mean-old)/(x.mean(0)-old)).median().item()
+    assert rho==pytest.approx(got, rel=1e-3) and 1/201<rho<.2
 
 # filters
 

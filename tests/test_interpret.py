@@ -121,6 +121,20 @@ def test_rho_of_an_adaptive_window_is_that_of_its_median_channel():
         if rho: assert got.median().item()==pytest.approx(rho, rel=1e-6), t
     assert got[3:].min()>3*got[0]   # what moves has a shorter window
 
+def test_rho_of_an_adaptive_window_from_a_file():
+    "Which does not say how many values the last batch had"
+    def net():
+        kw = dict(window=AdaptiveWindow(50), persistent_window=True)
+        return to_runbn(nn.Sequential(nn.BatchNorm1d(3)), **kw).double()
+    trained,loaded = net(),net()
+    for t in range(200): trained(torch.randn(2,3,4).double()+t)        # windows are short
+    loaded.load_state_dict(trained.state_dict())
+    rho = RunBNInterpretation(loaded, bs=2).table().rho.item()
+    old,x = loaded[0].window_mean.clone(),torch.randn(2,3,4).double()+200
+    loaded(x)
+    got = (loaded[0].window_mean-old)/(x.mean((0,2))-old)
+    assert rho==pytest.approx(got.median().item(), rel=1e-2)
+
 def test_wrapped_models():
     net = to_runbn(nn.Sequential(nn.BatchNorm2d(3)))
     for wrapped in (torch.compile(net, backend='eager'), nn.DataParallel(net)): assert list(RunBNInterpretation(wrapped).norms)==['0']

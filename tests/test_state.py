@@ -30,7 +30,7 @@ def same_state(a, b):
     pytest.param(dict(window=8), id='window'),
     pytest.param(dict(dtype=torch.float64), id='float64'),
     pytest.param(dict(dtype=torch.bfloat16), id='bfloat16'),
-    pytest.param(dict(window=8), id='8 samples'),
+    pytest.param(dict(window=AdaptiveWindow(8)), id='adaptive'),
     pytest.param(LESSON10, id='lesson 10')])
 def test_every_form_has_batch_norms_state_and_evaluation(kw):
     plain = {k:v for k,v in kw.items() if k in ('affine','eps','dtype')}
