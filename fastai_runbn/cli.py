@@ -264,7 +264,7 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
     if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
     have = '' if data is None else 'volumes' if data.suffix=='.npz' else 'images'
     needs = {n:r.data for n,r in quality.regimes.items()
-             if re.search(only, n) and (only or not r.held_out)}
+             if re.search(only, n) and (only or not r.by_name)}
     names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]
     if not names:
         forms = {'images':'a folder or tar of images', 'volumes':'an .npz of volumes'}

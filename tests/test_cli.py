@@ -67,6 +67,20 @@ def test_an_interrupted_study_keeps_its_trials(tmp_path, monkeypatch, capsys):
     code,out,err = run(capsys, 'bench', 'quality', '--json', f'{tmp_path}/x.jsonl')
     assert (code,err)==(130,'runbn bench: interrupted\n') and 'Trials so far: ' in out
 
+@pytest.mark.parametrize('given,want', [([],'R1 H3'), (['photos'],'R1 R2 H3'),
+    (['photos','--only','H'],'H1 H2 H3 H4 H5'), (['a.npz'],'R1 H3 V1')], ids=str)
+def test_nets_on_clothes_do_not_get_photographs(given, want, tmp_path, monkeypatch, capsys):
+    "Nor does anything run without the data that it needs"
+    def study(path, names, **kw):
+        ran.extend(names)
+        raise KeyboardInterrupt
+    ran = []
+    monkeypatch.setattr(quality, 'bench_quality', study)
+    if given: (tmp_path/given[0]).mkdir()
+    args = ['--data',str(tmp_path/given[0]),*given[1:]] if given else []
+    assert run(capsys, 'bench', 'quality', *args)[0]==130
+    assert [n for n in ran if n in ('R1','R2') or n[0] in 'HV']==want.split()
+
 @pytest.mark.parametrize('command', ['demo','bench','convert'])
 def test_every_command_has_it(command, monkeypatch, capsys):
     def interrupt(*args, **kw): raise KeyboardInterrupt

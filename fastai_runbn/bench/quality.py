@@ -185,7 +185,7 @@ class Regime:
     accumulate:int=0 # Samples before a step of the optimizer; 0: no accumulation
     every_rate:bool=False # On the first batch size, do all rates have all seeds? Else, and on the others, the best of the first seed has
     data:str='' # What it needs: 'images' in a folder or tar, 'volumes' in an .npz
-    held_out:bool=False # Was nothing decided on it?
+    by_name:bool=False # Only run where it is asked for? Its images are not those of the others
 
 # %% ../../nbs/12_bench.quality.ipynb #7e0121c0
 def _constant(learn, epochs, lr): learn.fit(epochs, lr)
@@ -272,13 +272,13 @@ regimes = { # chkstyle: ignore-node, a table
             'ours, windows empty at first'), splitter=body_and_head, data='images'),
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
         _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), _all, _axes, metric=JaccardCoeffMulti()),
-    'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet),
-    'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet),
+    'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet, by_name=True),
+    'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet, by_name=True),
     'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
         partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
         data=''),
-    'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet),
-    'H5':_with_adam('A small ResNeXt on clothes', small_resnext),
+    'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet, by_name=True),
+    'H5':_with_adam('A small ResNeXt on clothes', small_resnext, by_name=True),
     'V1':_with_adam('A U-Net in three dimensions on hippocampus MRI, segmentation', PlainUnet,
         lambda bs, data: volumes_dls(data, bs), (1,2,8), _no_ws, 'volumes', metric=LabelDice())}
 
