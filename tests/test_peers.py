@@ -2,11 +2,14 @@
 import numpy as np
 import pytest,torch
 from torch import nn
-from fastai_runbn.bench.peers import (BatchRenorm2d,BatchRenorm3d,CenConv2d,CenConv3d,MABN2d,MABN3d,centre_convs,centre_weight,use_norm)
+from fastai_runbn.bench.peers import (BatchRenorm1d,BatchRenorm2d,BatchRenorm3d,CenConv1d,
+    CenConv2d,CenConv3d,MABN1d,MABN2d,MABN3d,MABNMixin,centre_convs,centre_weight,use_norm)
 
 f64 = dict(dtype=torch.float64)
-shapes = pytest.mark.parametrize('dims', [(4,5),(3,4,5)], ids=['2d','3d'])
-kinds = {'2d':(BatchRenorm2d,MABN2d,nn.BatchNorm2d), '3d':(BatchRenorm3d,MABN3d,nn.BatchNorm3d)}
+shapes = pytest.mark.parametrize('dims', [(6,),(4,5),(3,4,5)], ids=['1d','2d','3d'])
+kinds = {'1d':(BatchRenorm1d,MABN1d,nn.BatchNorm1d),
+    '2d':(BatchRenorm2d,MABN2d,nn.BatchNorm2d),
+    '3d':(BatchRenorm3d,MABN3d,nn.BatchNorm3d)}
 def kind(dims): return kinds[f'{len(dims)}d']
 
 def randomize(layer):
@@ -160,11 +163,13 @@ def test_mabn_leaves_the_mean_alone():
 
 # both
 
-makes = pytest.mark.parametrize('make,dims', [(BatchRenorm2d,(4,5)),(MABN2d,(4,5)),(BatchRenorm3d,(3,4,5)),(MABN3d,(3,4,5))], ids=lambda o: getattr(o, '__name__', ''))
+makes = pytest.mark.parametrize('make,dims', [(BatchRenorm1d,(6,)),(MABN1d,(6,)),
+    (BatchRenorm2d,(4,5)),(MABN2d,(4,5)),(BatchRenorm3d,(3,4,5)),(MABN3d,(3,4,5))],
+    ids=lambda o: getattr(o, '__name__', ''))
 
 @makes
 def test_state_resumes_to_the_bit(make, dims):
-    kw = dict(window=2, warmup=0, r_start=0) if make in (MABN2d,MABN3d) else dict(start=0, r_end=5, d_end=5)
+    kw = dict(window=2, warmup=0, r_start=0) if issubclass(make, MABNMixin) else dict(start=0, r_end=5, d_end=5)
     a,b = make(3, **kw),make(3, **kw)
     for _ in range(4): grads(a, *(x:=torch.randn(2,3,*dims, requires_grad=True),torch.randn_like(x)))
     b.load_state_dict(a.state_dict())
@@ -174,13 +179,14 @@ def test_state_resumes_to_the_bit(make, dims):
 @makes
 def test_autocast_and_channels_last(make, dims):
     layer,plain = make(3),make(3)
-    x = torch.randn(2,3,*dims).to(memory_format=torch.channels_last if len(dims)==2 else torch.channels_last_3d)
+    form = (torch.contiguous_format,torch.channels_last,torch.channels_last_3d)[len(dims)-1]
+    x = torch.randn(2,3,*dims).to(memory_format=form)
     close(layer(x), plain(x.contiguous()))
     half = x.bfloat16().requires_grad_()
     with torch.autocast('cpu', torch.bfloat16): y = layer(half)
     y.sum().backward()
     assert y.dtype==half.grad.dtype==torch.bfloat16 and layer.running_var.dtype==torch.float32
-    assert y.is_contiguous(memory_format=torch.channels_last if len(dims)==2 else torch.channels_last_3d)
+    assert y.is_contiguous(memory_format=form)
 
 @makes
 def test_without_affine(make, dims):
@@ -193,11 +199,11 @@ def test_without_affine(make, dims):
 @makes
 def test_it_has_to_track(make, dims):
     with pytest.raises(ValueError, match='leave it True'): make(3, track_running_stats=False)
-    with pytest.raises(ValueError, match='expected'): make(3)(torch.randn(2,3))
+    with pytest.raises(ValueError, match='expected'): make(3)(torch.randn(2,3,*dims,1,1,1))
 
 # convolutions and models
 
-@pytest.mark.parametrize('cen,plain,dims', [(CenConv2d,nn.Conv2d,(5,5)),(CenConv3d,nn.Conv3d,(4,4,4))])
+@pytest.mark.parametrize('cen,plain,dims', [(CenConv1d,nn.Conv1d,(6,)),(CenConv2d,nn.Conv2d,(5,5)),(CenConv3d,nn.Conv3d,(4,4,4))])
 def test_centred_convolution(cen, plain, dims):
     a,b = cen(4,6,3, groups=2, **f64),plain(4,6,3, groups=2, **f64)
     with torch.no_grad(): b.weight.copy_(torch.stack([w-w.mean() for w in a.weight])); b.bias.copy_(a.bias)
