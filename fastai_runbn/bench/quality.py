@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import update_bn
 from fastai.basics import Callback,Learner,OptimWrapper,SGD,accuracy,no_random,set_seed,trainable_params
+from fastai.callback.hook import hook_outputs
 from fastai.callback.schedule import ParamScheduler # noqa: gives Learner its fit_one_cycle
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.core import TrainEvalCallback
@@ -51,8 +52,10 @@ def _batch_norm(model, steps, momentum=.1):
 
 def _groups(C): return max(g for g in range(1, max(1, C//8)+1) if C%g==0)
 
+def _make_group_norm(C): return nn.GroupNorm(_groups(C), C)
+
 def _group_norm(model, steps):
-    use_norm(model, lambda C: nn.GroupNorm(_groups(C), C))
+    use_norm(model, _make_group_norm)
     return ()
 
 def _instance_norm(model, steps):
@@ -129,6 +132,20 @@ class KeepDrawn(KeepMeans):
             drawn = w.detach().mean([*range(1, w.ndim)], keepdim=True)
             self.means.filters[key] = KeptMean(w, drawn, nonzero)
 
+@torch.no_grad()
+def _on_small_maps(model, size=32, most=4):
+    "Names of norms whose maps have at most so many positions, with images `size` pixels a side"
+    names,norms = zip(*((n,m) for n,m in model.named_modules() if isinstance(m, _BatchNorm)))
+    with hook_outputs(norms) as hooks: model.eval()(torch.zeros(1, 3, size, size))
+    model.train()
+    return [n for n,out in zip(names, hooks.stored) if out[0,0].numel()<=most]
+
+def _mixed(model, steps):
+    for n in _on_small_maps(model):
+        model.set_submodule(n, use_norm(model.get_submodule(n), _make_group_norm))
+    return [RunBNCallback()]
+
+
 # %% ../../nbs/12_bench.quality.ipynb #4e326501
 def _ours(model, steps, *more, **settings):
     return [RunBNCallback(**settings), *[cb() for cb in more]]
@@ -147,6 +164,7 @@ variants = {f'ours, {name}':change for name,change in { # chkstyle: ignore-node,
     'evaluation window 50':partial(_ours, eval_window=50),
     'evaluation window 1,000':partial(_ours, eval_window=1000),
     'no clamp':partial(_ours, clamp=None),
+    'GroupNorm on small maps':_mixed,
     'windows empty at first':lambda model, steps: _ours(model, steps, EmptyWindows)}.items()}
 
 
@@ -220,7 +238,7 @@ _kept_means = tuple(n for n in contenders if n.endswith('means kept'))
 _main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
-_tried = tuple(variants)[:-1] # the last one is for R4
+_tried = tuple(variants)[:-2] # the last two are for H2 and for R4
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
             variants=_axes):
@@ -245,9 +263,10 @@ def _mobilenet():
 
 def _some_images(bs, data): return photos_dls(data, bs, part=1500)
 
-def _with_adam(what, model, loaders=_some_images, sizes=(2,32), norms=_main, data='images', epochs=4, **kwargs):
+def _with_adam(what, model, loaders=_some_images, sizes=(2,32), norms=_main, variants=_axes,
+               data='images', epochs=4, **kwargs):
     return Regime(f'{what}, Adam, one cycle', loaders, lambda _: model(), _adam, _one_cycle, epochs,
-        (1e-3,3e-3,1e-2), sizes, norms, _axes, data=data, **kwargs)
+        (1e-3,3e-3,1e-2), sizes, norms, variants, data=data, **kwargs)
 
 class LabelDice(DiceMulti):
     "Mean Dice coefficient of all classes but 0, the background"
@@ -287,7 +306,8 @@ regimes = { # chkstyle: ignore-node, a table
     'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
         _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), _all, _axes, metric=JaccardCoeffMulti()),
     'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet, by_name=True),
-    'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet, by_name=True),
+    'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet, by_name=True,
+        variants=(*_axes,'ours, GroupNorm on small maps')),
     'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
         partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
         data=''),
