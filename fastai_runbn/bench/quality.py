@@ -321,7 +321,8 @@ regimes = { # chkstyle: ignore-node, a table
     'H9':_with_adam('A small ResNet in one dimension on digits row by row',
         partial(small_resnet, 28, ndim=1), lambda bs, data: rows_dls(bs), norms=_no_ws, data=''),
     'V1':_with_adam('A U-Net in three dimensions on hippocampus MRI, segmentation', PlainUnet,
-        lambda bs, data: volumes_dls(data, bs), (1,2,8), _no_ws, data='volumes', metric=LabelDice())}
+        lambda bs, data: volumes_dls(data, bs), (1,2,8), _no_ws, data='volumes',
+        metric=LabelDice())}
 
 
 # %% ../../nbs/12_bench.quality.ipynb #ca0c1002
