@@ -238,7 +238,8 @@ _kept_means = tuple(n for n in contenders if n.endswith('means kept'))
 _main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
-_tried = tuple(variants)[:-2] # the last two are for H2 and for R4
+_mobile = (*_axes,'ours, GroupNorm on small maps')
+_tried = tuple(variants)[:-2] # the last two are for small maps and for R4
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
             variants=_axes):
@@ -308,14 +309,15 @@ regimes = { # chkstyle: ignore-node, a table
         _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), _all, _axes, metric=JaccardCoeffMulti()),
     'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet, by_name=True),
     'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet, by_name=True,
-        variants=(*_axes,'ours, GroupNorm on small maps')),
+        variants=_mobile),
     'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
         partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
         data=''),
     'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet, by_name=True),
     'H5':_with_adam('A small ResNeXt on clothes', small_resnext, by_name=True),
-    'H6':_with_adam('A small RegNet on photographs', small_regnet),
-    'H7':_with_adam('A small MobileNetV2 on photographs', small_mobilenet_v2),
+    'H6':_with_adam('A small RegNet on photographs', small_regnet, variants=_mobile),
+    'H7':_with_adam('A small MobileNetV2 on photographs', small_mobilenet_v2,
+        variants=_mobile),
     'H8':_with_adam('A U-Net in two dimensions on road scenes, segmentation',
         partial(PlainUnet, 3, VOID, 2), lambda bs, data: roads_dls(data, bs), epochs=8,
         metric=RoadIoU(), by_name=True),
