@@ -105,7 +105,7 @@ class Pair:
         near(y, y64, self.tol, f'y, {at}', self.half)
         near(saved, saved64, self.saved_tol, f'saved, {at}')
         self.states(at)
-        given = saved.to(T64, copy=True) # a gradient of mean 0 times the rounding of a mean is no error of it
+        given = saved.to(T64, copy=True) # its rounding is no error of the backward
         for i in range(backwards):
             at_ = f'backward {i}, {at}'
             dy = off_zero(gradients(x), x, *self.affine, saved64, step)

@@ -169,7 +169,8 @@ makes = pytest.mark.parametrize('make,dims', [(BatchRenorm1d,(6,)),(MABN1d,(6,))
 
 @makes
 def test_state_resumes_to_the_bit(make, dims):
-    kw = dict(window=2, warmup=0, r_start=0) if issubclass(make, MABNMixin) else dict(start=0, r_end=5, d_end=5)
+    kw = dict(start=0, r_end=5, d_end=5)
+    if issubclass(make, MABNMixin): kw = dict(window=2, warmup=0, r_start=0)
     a,b = make(3, **kw),make(3, **kw)
     for _ in range(4): grads(a, *(x:=torch.randn(2,3,*dims, requires_grad=True),torch.randn_like(x)))
     b.load_state_dict(a.state_dict())
@@ -203,7 +204,8 @@ def test_it_has_to_track(make, dims):
 
 # convolutions and models
 
-@pytest.mark.parametrize('cen,plain,dims', [(CenConv1d,nn.Conv1d,(6,)),(CenConv2d,nn.Conv2d,(5,5)),(CenConv3d,nn.Conv3d,(4,4,4))])
+@pytest.mark.parametrize('cen,plain,dims', [(CenConv1d,nn.Conv1d,(6,)),
+    (CenConv2d,nn.Conv2d,(5,5)),(CenConv3d,nn.Conv3d,(4,4,4))])
 def test_centred_convolution(cen, plain, dims):
     a,b = cen(4,6,3, groups=2, **f64),plain(4,6,3, groups=2, **f64)
     with torch.no_grad(): b.weight.copy_(torch.stack([w-w.mean() for w in a.weight])); b.bias.copy_(a.bias)

@@ -14,7 +14,7 @@ from ..moments import batch_moments
 
 # %% ../../nbs/12_bench.peers.ipynb #f56d0713
 class BatchRenormMixin:
-    "What turns `nn.BatchNorm1d/2d/3d` into batch renormalization; the layers below inherit from it first"
+    "What turns `nn.BatchNorm1d/2d/3d`, which have to come second, into batch renormalization"
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the variance
@@ -61,7 +61,8 @@ class BatchRenormMixin:
         return r.to(sd),d.to(sd)
 
 # %% ../../nbs/12_bench.peers.ipynb #54f8561f
-class BatchRenorm1d(BatchRenormMixin, nn.BatchNorm1d): "Batch renormalization (Ioffe, 2017) for `(N,C)` and `(N,C,L)`; as `BatchRenorm2d`"
+class BatchRenorm1d(BatchRenormMixin, nn.BatchNorm1d):
+    "Batch renormalization (Ioffe, 2017) for `(N,C)` and `(N,C,L)`; as `BatchRenorm2d`"
 class BatchRenorm2d(BatchRenormMixin, nn.BatchNorm2d): "Batch renormalization (Ioffe, 2017) for `(N,C,H,W)`"
 class BatchRenorm3d(BatchRenormMixin, nn.BatchNorm3d): "Batch renormalization (Ioffe, 2017) for `(N,C,D,H,W)`; as `BatchRenorm2d`"
 
@@ -94,7 +95,7 @@ def _recent_mean(recent, new, turn, averaged):
 
 # %% ../../nbs/12_bench.peers.ipynb #fb4dd059
 class MABNMixin:
-    "What turns `nn.BatchNorm1d/2d/3d` into moving average batch norm; `running_var` is the second moment, and `running_mean` stays 0"
+    "As `BatchRenormMixin`, moving average batch norm; `running_var` is the second moment"
     def __init__(self,
         num_features:int, # Channels C
         eps:float=1e-5, # Added to the second moment
@@ -135,7 +136,8 @@ class MABNMixin:
         return (chi2+self.eps).rsqrt(), r, self.recent_psi, turn, averaged
 
 # %% ../../nbs/12_bench.peers.ipynb #c077371e
-class MABN1d(MABNMixin, nn.BatchNorm1d): "Moving average batch norm (Yan et al., 2020) for `(N,C)` and `(N,C,L)`; as `MABN2d`"
+class MABN1d(MABNMixin, nn.BatchNorm1d):
+    "Moving average batch norm (Yan et al., 2020) for `(N,C)` and `(N,C,L)`; as `MABN2d`"
 class MABN2d(MABNMixin, nn.BatchNorm2d): "Moving average batch norm (Yan et al., 2020) for `(N,C,H,W)`; convolutions before it should be centred (`CenConv2d`)"
 class MABN3d(MABNMixin, nn.BatchNorm3d): "Moving average batch norm (Yan et al., 2020) for `(N,C,D,H,W)`; as `MABN2d`"
 
@@ -163,7 +165,7 @@ _centred = {nn.Conv1d:CenConv1d, nn.Conv2d:CenConv2d, nn.Conv3d:CenConv3d}
 def centre_convs(
     model:nn.Module, # Changed in place
 )->nn.Module: # `model` itself
-    "Make all `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` of `model`, of exactly these classes, centred ones; depthwise ones stay, which could not blur any more"
+    "Centre all `nn.Conv1d/2d/3d` of exactly these classes but depthwise ones, which could not blur"
     for m in model.modules():
         if type(m) in _centred and not (m.groups>1 and m.weight.shape[1]==1): m.__class__ = _centred[type(m)]
     return model

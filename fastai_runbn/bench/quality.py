@@ -280,7 +280,8 @@ class RoadIoU(JaccardCoeffMulti):
     "Mean intersection over union of all classes; what is void is not looked at"
     def accumulate(self, learn):
         known = learn.y!=VOID
-        super().accumulate(SimpleNamespace(pred=learn.pred.movedim(1, -1)[known], y=learn.y[known]))
+        pred = learn.pred.movedim(1, -1)[known]
+        super().accumulate(SimpleNamespace(pred=pred, y=learn.y[known]))
 
 
 # %% ../../nbs/12_bench.quality.ipynb #69dd930f
