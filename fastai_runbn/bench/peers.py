@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BatchRenormMixin', 'BatchRenorm1d', 'BatchRenorm2d', 'BatchRenorm3d', 'MABNMixin', 'MABN1d', 'MABN2d', 'MABN3d',
-           'centre_weight', 'CenConv1d', 'CenConv2d', 'CenConv3d', 'centre_convs', 'use_norm']
+           'centre_weight', 'CenConvMixin', 'CenConv1d', 'CenConv2d', 'CenConv3d', 'centre_convs', 'use_norm']
 
 # %% ../../nbs/12_bench.peers.ipynb #78d5a8ce
 import torch, torch.nn.functional as F
@@ -148,17 +148,14 @@ def centre_weight(
     "`w` less the mean of each of its filters (weight centralization of Yan et al., 2020)"
     return w - w.mean([*range(1, w.ndim)], keepdim=True)
 
-class CenConv1d(nn.Conv1d):
-    "`nn.Conv1d` with centred weights"
-    def forward(self, x:Tensor)->Tensor: return self._conv_forward(x, centre_weight(self.weight), self.bias)
+class CenConvMixin:
+    "What turns `nn.Conv1d/2d/3d`, which have to come second, into convolutions with centred weights"
+    def forward(self, x:Tensor)->Tensor:
+        return self._conv_forward(x, centre_weight(self.weight), self.bias)
 
-class CenConv2d(nn.Conv2d):
-    "`nn.Conv2d` with centred weights"
-    def forward(self, x:Tensor)->Tensor: return self._conv_forward(x, centre_weight(self.weight), self.bias)
-
-class CenConv3d(nn.Conv3d):
-    "`nn.Conv3d` with centred weights"
-    def forward(self, x:Tensor)->Tensor: return self._conv_forward(x, centre_weight(self.weight), self.bias)
+class CenConv1d(CenConvMixin, nn.Conv1d): "`nn.Conv1d` with centred weights"
+class CenConv2d(CenConvMixin, nn.Conv2d): "`nn.Conv2d` with centred weights"
+class CenConv3d(CenConvMixin, nn.Conv3d): "`nn.Conv3d` with centred weights"
 
 _centred = {nn.Conv1d:CenConv1d, nn.Conv2d:CenConv2d, nn.Conv3d:CenConv3d}
 

@@ -88,7 +88,8 @@ def _images_in(path):
     with tarfile.open(path) as tar:
         for m in sorted(tar.getmembers(), key=lambda m: m.name):
             p = Path(m.name)
-            if m.isfile() and p.suffix.lower() in ('.jpg','.jpeg','.png'): yield p,tar.extractfile(m)
+            if m.isfile() and p.suffix.lower() in ('.jpg','.jpeg','.png'):
+                yield p,tar.extractfile(m)
 
 @lru_cache(maxsize=2)
 def _photos(path):
@@ -245,9 +246,10 @@ VOID = 11 # Class of pixels that are of none
 
 @lru_cache
 def _roads(path, size):
-    "Images `(n,3,*size)` from 0 to 1 and classes `(n,*size)`, of the training split and the other one"
+    "Images `(n,3,*size)` from 0 to 1 and classes `(n,*size)`: of the training split, of the other"
     if not path.exists():
-        raise FileNotFoundError(f'{path}: there is no such folder or tar of road scenes.')
+        raise FileNotFoundError(f'{path}: there is no such folder or tar; one with train/images, '
+            'train/labels, val/images and val/labels was expected.')
     found = {}
     for p,f in _images_in(path):
         kind = p.parent.name
