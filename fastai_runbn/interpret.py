@@ -9,10 +9,10 @@ __all__ = ['RunBNRecorder', 'RunBNInterpretation']
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
-import math,torch
+import itertools,math,torch
 import pandas as pd, matplotlib.pyplot as plt
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
@@ -256,6 +256,16 @@ def plot_gap(self:RunBNInterpretation,
     df = self.gap(n_batches, seed)
     _per_layer({'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
 
+# %% ../nbs/11_interpret.ipynb #25d7340b
+def _common(learners, dl, bs):
+    "Models by name, and the data and batch size for all of them: those given, or the first learner's"
+    if not 0<len(learners)<=len(_colours):
+        raise ValueError(f"One to {len(_colours)} learners were expected, not {len(learners)}.")
+    dls = getattr(next(iter(learners.values())), 'dls', None)
+    dl = _data(dls) if dl is None else dl
+    models = {n:_unwrapped(getattr(l, 'model', l)) for n,l in learners.items()}
+    return models,dl,bs or (_bs(dls) if dls is not None else _bs(dl))
+
 # %% ../nbs/11_interpret.ipynb #94e01869
 @patch(cls_method=True)
 def compare(cls:RunBNInterpretation,
@@ -266,15 +276,151 @@ def compare(cls:RunBNInterpretation,
     seed:int=42, # Of their draw
 )->pd.DataFrame: # `together` of `gap`, a row a layer and a column a learner
     "Plot how far training and evaluation are apart in several models, layer by layer"
-    if not 0<len(learners)<=len(_colours): raise ValueError(f"compare: one to {len(_colours)} learners were expected, not {len(learners)}.")
-    dls = getattr(next(iter(learners.values())), 'dls', None)
-    models = {n:getattr(l, 'model', l) for n,l in learners.items()}
+    models,dl,bs = _common(learners, dl, bs)
     for n,m in models.items():
-        if not _norms(_unwrapped(m), _BatchNorm): raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
-    dl,bs = _data(dls) if dl is None else dl, bs or (_bs(dls) if dls is not None else _bs(dl))
+        if not _norms(m, _BatchNorm): raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
     df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
     _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
     return df
+
+# %% ../nbs/11_interpret.ipynb #b45fdfda
+def _logits(model, xs):
+    "Output of `model` as `(N,classes,*)`; of torchvision's dicts it is 'out'"
+    out = model(*xs)
+    out = out.get('out') if isinstance(out, dict) else out
+    if not isinstance(out, torch.Tensor) or out.ndim!=xs[0].ndim or out.shape[2:]!=xs[0].shape[2:]:
+        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise ValueError(f"{type(model).__name__} gives {got} for an input of {tuple(xs[0].shape)}: "
+            "classes in axis 1 for each position of it, (N,classes,*), were expected.")
+    return out
+
+def _probabilities(model, xs):
+    "Of each class, in axis 1; where there is one channel, of its class and of none"
+    out = _logits(model, xs).float()
+    if out.shape[1]==1: out = torch.cat((torch.zeros_like(out), out), 1)
+    return out.softmax(1)
+
+def _distance(p, q):
+    "Half the sum of absolute differences over classes, position by position"
+    return (p-q).abs().sum(1)/2
+
+# %% ../nbs/11_interpret.ipynb #0db14db3
+def _two_modes(model):
+    "Norms of `model` that do another thing in training than in evaluation, by name"
+    return {n:m for n,m in _norms(model, _NormBase).items()
+        if isinstance(m, _BatchNorm) or m.track_running_stats}
+
+# %% ../nbs/11_interpret.ipynb #2ec720a1
+@patch(cls_method=True)
+def disparity(cls:RunBNInterpretation,
+    learners:dict, # Learners (or models) by name, at most six, with any norms
+    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+    bs:int=None, # Samples in a batch; default: the training batch size of the first
+    n_batches:int=64, # Batches, the same for all
+    seed:int=42, # Of their draw
+)->pd.Series: # From 0 to 1, by name
+    "Train/eval disparity: mean distance of what a model predicts with its norms in training mode to what it predicts in evaluation"
+    models,dl,bs = _common(learners, dl, bs)
+    res = {}
+    for name,model in models.items():
+        norms,distances = _two_modes(model),[]
+        copies = {n:_trainer(m) for n,m in norms.items()}
+        def train(n, x, y): return _training(n, copies[n], x)
+        with _evaluating(model):
+            for xs in _draw(dl, bs, n_batches, seed, _device(model)):
+                p = _probabilities(model, xs)
+                with _hooked(norms, train): q = _probabilities(model, xs)
+                distances.append(_distance(p, q).mean())
+        res[name] = torch.stack(distances).mean().item()
+    return pd.Series(res, name='disparity')
+
+# %% ../nbs/11_interpret.ipynb #584039f7
+def _starts(shape, tile):
+    "Where the second tiling begins, axis by axis: half a tile on, or at 0 in an axis of one tile"
+    if len(tile)!=len(shape): raise ValueError(f"tile={tile}: {len(shape)} sizes were expected.")
+    starts = [t//2 if n>t else 0 for n,t in zip(shape, tile)]
+    if not any(starts) or any(not 0<t<=n or (s and (t%2 or n<t+s))
+            for n,t,s in zip(shape, tile, starts)):
+        raise ValueError(f"tile={tile} for an image of {tuple(shape)}: even sizes were expected, two thirds of "
+            "the image's at most, or as large as it is; not all of them as large.")
+    return starts
+
+def _by_tiles(model, x, tile, starts):
+    "Class probabilities tile by tile, the first tile at `starts`; NaN outside of the tiles"
+    res = None
+    corners = [range(s, n-t+1, t) for s,n,t in zip(starts, x.shape[2:], tile)]
+    for corner in itertools.product(*corners):
+        at = (..., *[slice(c, c+t) for c,t in zip(corner, tile)])
+        p = _probabilities(model, (x[at],))
+        if res is None: res = p.new_full((*p.shape[:2],*x.shape[2:]), math.nan)
+        res[at] = p
+    return res
+
+def _two_tilings(model, x, tile, margin=0):
+    "Probabilities in one tiling and in the other, and their distance, NaN where there is no second or in the margin"
+    starts = _starts(x.shape[2:], tile)
+    one,other = [_by_tiles(model, x, tile, s) for s in ([0]*len(tile),starts)]
+    distance = _distance(one, other)
+    for axis,(n,t,s) in enumerate(zip(x.shape[2:], tile, starts), 1):
+        i = torch.arange(n, device=x.device)%max(1, s)
+        if s: distance.index_fill_(axis, ((i<margin) | (i>=s-margin)).nonzero()[:,0], math.nan)
+    if distance.isnan().all(): raise ValueError(f"margin={margin} leaves nothing of a tile of {tile}.")
+    return one,other,distance
+
+# %% ../nbs/11_interpret.ipynb #f26b4ef1
+@patch(cls_method=True)
+def tile_mismatch(cls:RunBNInterpretation,
+    learners:dict, # Learners (or models) by name, at most six, with any norms
+    tile:tuple, # Positions of a tile, axis by axis; halves of them have to suit the model's strides
+    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+    margin:int=0, # Positions that are left out at all edges of tiles
+    n:int=16, # Images, the same for all
+    seed:int=42, # Of their draw
+)->pd.Series: # From 0 to 1, by name
+    "Mean distance of what a model predicts for a position in one tile and in another"
+    models,dl,_ = _common(learners, dl, 1)
+    res = {}
+    for name,model in models.items():
+        with _evaluating(model):
+            images = [x for x,*_ in _draw(dl, 1, n, seed, _device(model))]
+            distances = [_two_tilings(model, x, tile, margin)[2].nanmean() for x in images]
+        res[name] = torch.stack(distances).mean().item()
+    return pd.Series(res, name='tile mismatch')
+
+# %% ../nbs/11_interpret.ipynb #c3fb8797
+@patch(cls_method=True)
+def plot_tiles(cls:RunBNInterpretation,
+    learners:dict, # Learners (or models) by name, at most six, with any norms
+    tile:tuple, # As in `tile_mismatch`
+    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+    label:int=1, # Class whose probability is shown
+    at:int=None, # Slice of a volume, along its first axis; default: the middle one
+    seed:int=42, # Of the draw of the image
+):
+    "Plot what models predict of an image in two tilings, and where these differ"
+    models,dl,_ = _common(learners, dl, 1)
+    images = {n:_draw(dl, 1, 1, seed, _device(m))[0][0] for n,m in models.items()}
+    height,width = next(iter(images.values())).shape[-2:]
+    fig,axs = plt.subplots(len(models), 4, figsize=(9,.4+2.1*len(models)*height/width), squeeze=False, layout='constrained')
+    for row,(name,model) in zip(axs, models.items()):
+        x = images[name]
+        with _evaluating(model): one,other,distance = _two_tilings(model, x, tile)
+        cut = ... if x.ndim<5 else x.shape[2]//2 if at is None else at
+        starts = _starts(x.shape[2:], tile)[-2:]
+        shown = x[0].mean(0),one[0,label],other[0,label],distance[0]
+        for ax,a,vmax in zip(row, shown, (None,1,1,1)):
+            ax.imshow(a[cut].cpu(), cmap='gray' if vmax is None else 'viridis', vmin=None if vmax is None else 0, vmax=vmax)
+            ax.set(xticks=[], yticks=[])
+        for ax,first in zip(row[1:3], ((0,0),starts)): _draw_seams(ax, x.shape[-2:], tile[-2:], first)
+        row[0].set_ylabel(name)
+    for ax,title in zip(axs[0], ('Image','In tiles','Tiles half a tile on','Distance of the two')): ax.set_title(title, fontsize='medium')
+
+# %% ../nbs/11_interpret.ipynb #4edf23a9
+def _draw_seams(ax, shape, tile, starts):
+    "Lines where tiles of the last two axes meet"
+    for n,t,s,line in zip(shape, tile, starts, (ax.axhline,ax.axvline)):
+        for i in range(s, n+1, t):
+            if 0<i<n: line(i-.5, color='w', lw=.6, ls=':')
 
 # %% ../nbs/11_interpret.ipynb #0e9f3957
 @patch
