@@ -123,6 +123,18 @@ class FilterMeans:
             parts.append(f"{n} left alone ({why}: {', '.join(names[:3])}{', …' if n>3 else ''})")
         return 'Filters of convolutions: '+', '.join(parts)
 
+# %% ../nbs/10_callback.ipynb #0e5f7c04
+def means_kept(keep_means, running_grad=None, **_):
+    "Do filters keep their means? What `keep_means` says; where that is `None`, unless statistics have no gradient"
+    if keep_means not in (None,True,False):
+        raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
+    return running_grad!=0 if keep_means is None else keep_means
+
+def check_sync(sync):
+    "Raise unless it is a way to share a window, or `None`"
+    if sync is not None and sync not in sync_modes:
+        raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
+
 # %% ../nbs/10_callback.ipynb #ab983f96
 @delegates(runbn_settings)
 class RunBNCallback(Callback):
@@ -138,15 +150,12 @@ class RunBNCallback(Callback):
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
-        if keep_means not in (None,True,False):
-            raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
+        self.keep_means,self.means = means_kept(keep_means, **kwargs),None
+        check_sync(sync)
         if graph not in (True,False):
             raise ValueError(f"graph={graph!r}: True or False was expected.")
-        if sync is not None and sync not in sync_modes: raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
         self.graph,self._graph = graph,None
         self.choice,self.settings,self.sync = dict(include=include, exclude=exclude, filter_fn=filter_fn),kwargs,sync
-        if keep_means is None: keep_means = kwargs.get('running_grad')!=0
-        self.keep_means,self.means = keep_means,None
         self._looked,self._sync,self._bs = False,None,None
 
     @property

@@ -306,7 +306,7 @@ dist.destroy_process_group()
 assert not any('gloo' in o.read_text() for o in Path('/proc/self/task').glob('*/comm')) # on Linux
 '''
 
-def launched(launcher, what, tmp_path):
+def launched(launcher, what, tmp_path, script=script):
     import json
     (tmp_path/'train.py').write_text(script)
     start = {'torchrun':['-m','torch.distributed.run','--standalone','--nproc-per-node','2'],
@@ -334,3 +334,85 @@ def test_learner_in_distrib_ctx(launcher, what, tmp_path):
         assert a['calls']==[0,0,0,1]*(n//4)+[0]*(n%4) and a['batches']==n//4
         assert a['window']=='AdaptiveWindow(200)'
     if what=='layer': assert set(a['calls'])=={10}
+
+loops = '''
+import gc,json,logging,sys,torch
+from contextlib import nullcontext
+from pathlib import Path
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel as DDP
+from fastai_runbn.bench.tasks import lesson10_convnet
+from fastai_runbn.callback import FilterMeans
+from fastai_runbn.distributed import sync_window
+from fastai_runbn.layers import running_norms
+from fastai_runbn.surgery import to_runbn
+what,tests,out = sys.argv[1:]
+logging.getLogger('lightning.pytorch').setLevel(logging.ERROR)
+dist.init_process_group('gloo')
+rank,n = dist.get_rank(),2
+torch.manual_seed(1+rank)
+mine = [(torch.randn(2,1,28,28)+rank,torch.randint(10, (2,))) for _ in range(12)]
+def net():
+    torch.manual_seed(0)
+    return lesson10_convnet()
+def by_hand():
+    model = to_runbn(net())
+    opt = torch.optim.SGD(model.parameters(), .02)
+    FilterMeans(model).on(opt)
+    sync,ddp = sync_window(model),DDP(model)
+    for i,(x,y) in enumerate(mine, 1):
+        with ddp.no_sync() if i%n else nullcontext(): (cross_entropy(ddp(x), y)/n).backward()
+        if not i%n:
+            opt.step()
+            opt.zero_grad()
+    sync.settle()
+    return model
+def by_accelerate():
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=n)
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), .02)
+    FilterMeans(to_runbn(model)).on(opt)
+    sync = sync_window(model)
+    model,opt = accelerator.prepare(model, opt)
+    for x,y in mine:
+        with accelerator.accumulate(model):
+            accelerator.backward(cross_entropy(model(x), y))
+            opt.step()
+            opt.zero_grad()
+    sync.settle()
+    return accelerator.unwrap_model(model)
+def by_lightning():
+    import lightning as L
+    from fastai_runbn.lightning import RunBNLightning
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = net()
+        def training_step(self, b, i): return cross_entropy(self.model(b[0]), b[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .02)
+    module = Module()
+    L.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', accumulate_grad_batches=n, use_distributed_sampler=False, callbacks=RunBNLightning(),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
+    return module.model
+def off(a, b): return max((x-y).abs().max().item() for x,y in zip(a, b))
+def values(model): return torch.cat([t.detach().flatten() for t in (*model.parameters(),*[m.window_mean for m in running_norms(model)])])
+hand,theirs = by_hand(),globals()[f'by_{what}']()
+v = values(theirs)
+all_ = [torch.empty_like(v) for _ in range(2)]
+dist.all_gather(all_, v)
+alone = net()
+res = dict(off=off([values(hand)], [v]), moved=off(hand.parameters(), alone.parameters()), same=torch.equal(*all_), batches=[m.num_batches_tracked.item() for m in running_norms(theirs)])
+Path(f'{out}/{rank}.json').write_text(json.dumps(res))
+gc.collect()
+dist.barrier()
+dist.destroy_process_group()
+'''
+
+@pytest.mark.parametrize('what', ['accelerate','lightning'])
+def test_other_loops_on_two_ranks(what, tmp_path):
+    "Weights and windows as a loop by hand has them, with DDP and two batches a step, and the same on both ranks"
+    for r in launched('torchrun', what, tmp_path, loops):
+        assert r['same'] and r['off']<1e-6 and r['moved']>.01
+        assert r['batches']==[6]*5

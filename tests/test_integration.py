@@ -544,3 +544,25 @@ def test_25_run_bn_no_shadowing_and_light_imports(kind):
     assert isinstance(learn.run_bn, RunBNCallback) and not [w for w in caught if 'shadow' in str(w.message).lower()]
     code = "import sys,fastai.basics; before=set(sys.modules); import fastai_runbn.all; print([m for m in ('timm','accelerate','onnx','hypothesis') if m in sys.modules])"
     assert subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+@pytest.mark.parametrize('package', ['pytorch_lightning',None])
+def test_lightning_by_its_other_package_and_by_none(package):
+    "In a process where `lightning` cannot be imported, and one where neither can"
+    code = f"""import sys
+sys.modules['lightning'] = None
+if not {package!r}: sys.modules['pytorch_lightning'] = None
+from fastai_runbn.lightning import RunBNLightning
+import pytorch_lightning as pl, torch
+from torch import nn
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.Flatten())
+    def training_step(self, b, i): return self.net(b).square().mean()
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .01)
+it = Module()
+pl.Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False, callbacks=RunBNLightning(), enable_progress_bar=False, enable_model_summary=False).fit(it, torch.utils.data.DataLoader(torch.randn(6,1,8,8), batch_size=2))
+print(type(it.net[1]).__name__, it.net[1].num_batches_tracked.item())"""
+    p = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    if package: assert p.stdout.split('\n')[-2]=='RunningBatchNorm2d 3', p.stderr[-2000:]
+    else: assert "pip install 'fastai_runbn[lightning]'" in p.stderr and p.returncode
