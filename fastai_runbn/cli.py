@@ -256,19 +256,20 @@ def _score_rows(table):
 def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
     from tempfile import TemporaryDirectory
     from fastai_runbn.bench import quality
+    from fastai_runbn.bench.tasks import kind_of_data
     _pattern('--contenders', contenders, [*quality.contenders])
     _pattern('--only', only, [*quality.regimes])
     if data and not data.exists(): raise CliError(f"--data {data}: there is no such folder or file")
     for o,v in (('--seeds',seeds), ('--jobs',jobs)):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
     if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
-    have = '' if data is None else 'volumes' if data.suffix=='.npz' else 'images'
+    have = '' if data is None else kind_of_data(data)
     needs = {n:r.data for n,r in quality.regimes.items()
              if re.search(only, n) and (only or not r.by_name)}
     names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]
     if not names:
-        forms = {'images':'a folder or tar of images', 'volumes':'an .npz of volumes'}
-        what = ' or '.join(forms[o] for o in sorted({*needs.values()}))
+        forms = {'images':'a folder or tar of images', 'roads':'one of road scenes', 'volumes':'an .npz of volumes'}
+        what = ' or '.join(forms[o] for o in sorted({*needs.values()}-{''}))
         raise CliError(f'--only {only}: give {what} with --data')
     console,progress = _console()
     kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''), sizes=(2,32) if quick else None)

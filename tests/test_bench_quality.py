@@ -1,12 +1,12 @@
 "The quality study: every contender in every regime, two processes, and a file that is gone on with"
-import json,subprocess,sys
+import itertools,json,subprocess,sys
 import numpy as np
 import pytest,torch
 from PIL import Image
 from torch import nn
 from fastai.basics import Learner
 from fastai_runbn.bench import quality
-from fastai_runbn.bench.tasks import volumes_dls
+from fastai_runbn.bench.tasks import roads_dls,volumes_dls
 from fastai_runbn.bench.quality import (EmptyWindows,LabelDice,best_rate,due,load_quality,
     make_learner,regimes,trial)
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNormMixin
@@ -203,9 +203,22 @@ def test_the_dice_coefficient_of_the_labels_only(scans):
     learn = Learner(dls, SeesOneLabel(), metrics=LabelDice())
     with learn.no_bar(): assert learn.validate()[1]==pytest.approx(.5)           # 1 and 0
 
-@pytest.mark.parametrize('norm', ['ours','InstanceNorm','BatchNorm'])
-def test_volumes_train(scans, norm, monkeypatch):
+@pytest.mark.parametrize('regime,norm', [*itertools.product(['V1'], ['ours','InstanceNorm','BatchNorm']),('V1 MONAI','ours'),('V1 MONAI','MABN')])
+def test_volumes_train(scans, regime, norm, monkeypatch):
     def small(bs, data): return volumes_dls(data, bs, (16,16,16), 2, 2, device='cpu')
-    monkeypatch.setattr(regimes['V1'], 'loaders', small)
-    row = trial('V1', norm, 1, 1e-3, 0, scans, 2)
+    monkeypatch.setattr(regimes[regime], 'loaders', small)
+    row = trial(regime, norm, 1, 1e-3, 0, scans, 2)
     assert row['note']=='' and 0<=row['score']<=1 and len(row['curve'])==2
+
+@pytest.mark.parametrize('norm', regimes['V2'].norms)
+def test_roads_train(tmp_path, norm, monkeypatch):
+    "A road below a sky, one image at a time"
+    for split in ('train','val'):
+        for kind in ('images','labels'): (tmp_path/split/kind).mkdir(parents=True)
+        for i in range(2):
+            label = np.repeat(np.array([0,3], np.uint8), 32)[:,None].repeat(64, 1)
+            Image.fromarray(label*60+i).convert('RGB').save(tmp_path/split/'images'/f'{i}.png')
+            Image.fromarray(label).save(tmp_path/split/'labels'/f'{i}.png')
+    monkeypatch.setattr(regimes['V2'], 'loaders', lambda bs, data: roads_dls(data, bs, (64,64), device='cpu'))
+    row = trial('V2', norm, 1, 3e-4, 0, tmp_path, 1)
+    assert row['note']=='' and 0<=row['score']<=1

@@ -33,8 +33,8 @@ from .peers import BatchRenorm1d,BatchRenorm2d,BatchRenorm3d
 from .peers import MABN1d,MABN2d,MABN3d,centre_convs,use_norm
 from .tasks import (VOID,bodies_dls,digits_dls,mnist_dls,photos_dls,roads_dls,
     rows_dls,scenes_dls,volumes_dls)
-from .tasks import (PlainUnet,body_and_head,lesson10_convnet,small_efficientnet,
-    small_mobilenet_v2,small_regnet,small_resnet,small_resnext,small_unet)
+from .tasks import (PlainUnet,body_and_head,lesson10_convnet,monai_unet,roads_unet,
+    small_efficientnet,small_mobilenet_v2,small_regnet,small_resnet,small_resnext,small_unet)
 from ..callback import FilterMeans,KeptMean,RunBNCallback
 from ..layers import LESSON10,running_norms
 from ..moments import AdaptiveWindow
@@ -209,7 +209,7 @@ class Regime:
     splitter:object=trainable_params # Of parameters, for a schedule that freezes some
     accumulate:int=0 # Samples before a step of the optimizer; 0: no accumulation
     every_rate:bool=False # On the first batch size, do all rates have all seeds? Else, and on the others, the best of the first seed has
-    data:str='' # What it needs: 'images' in a folder or tar, 'volumes' in an .npz
+    data:str='' # What it needs, of `kind_of_data`
     by_name:bool=False # Only run where it is asked for? Its images are not those of the others
 
 # %% ../../nbs/12_bench.quality.ipynb #7e0121c0
@@ -236,6 +236,7 @@ def _new_head(data):
 # %% ../../nbs/12_bench.quality.ipynb #88ae2309
 _kept_means = tuple(n for n in contenders if n.endswith('means kept'))
 _main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
+_no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
 _mobile = (*_axes,'ours, GroupNorm on small maps')
@@ -283,12 +284,15 @@ class RoadIoU(JaccardCoeffMulti):
         pred = learn.pred.movedim(1, -1)[known]
         super().accumulate(SimpleNamespace(pred=pred, y=learn.y[known]))
 
+def _volumes_regime(what, model, epochs):
+    return _with_adam(f'{what} in three dimensions on hippocampus MRI, segmentation', model,
+        lambda bs, data: volumes_dls(data, bs), (1,2,8),
+        (*_no_ws,'InstanceNorm'), (*_kept_means,'ours, filters free'), data='volumes',
+        epochs=epochs, metric=LabelDice())
 
 # %% ../../nbs/12_bench.quality.ipynb #69dd930f
 _fine_tuned = ('BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed','BatchNorm, frozen',
     'BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours')
-_no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
-
 regimes = { # chkstyle: ignore-node, a table
     'R1':_lesson(mnist_dls, sizes=(2,1,32,8,4), what='4,000 MNIST digits, SGD, one cycle',
         every_rate=True),
@@ -321,13 +325,15 @@ regimes = { # chkstyle: ignore-node, a table
         variants=_mobile),
     'H8':_with_adam('A U-Net in two dimensions on road scenes, segmentation',
         partial(PlainUnet, n_in=3, n_out=11, ndim=2), lambda bs, data: roads_dls(data, bs),
-        epochs=8, metric=RoadIoU(), by_name=True),
+        epochs=8, metric=RoadIoU(), data='roads'),
     'H9':_with_adam('A small ResNet in one dimension on digits row by row',
         partial(small_resnet, 28, ndim=1), lambda bs, data: rows_dls(bs), norms=_no_ws, data=''),
-    'V1':_with_adam('A U-Net in three dimensions on hippocampus MRI, segmentation', PlainUnet,
-        lambda bs, data: volumes_dls(data, bs), (1,2,8), _no_ws, data='volumes',
-        metric=LabelDice())}
-
+    'V1':_volumes_regime('A U-Net', PlainUnet, 4),
+    'V1 MONAI':_volumes_regime("MONAI's residual U-Net", monai_unet, 8),
+    'V2':Regime("fastai's U-Net on a ResNet-18 on road scenes, segmentation, Adam, one cycle",
+        lambda bs, data: roads_dls(data, bs, (96,128)), lambda data: roads_unet(), _adam,
+        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), ('BatchNorm','BatchNorm, frozen','GroupNorm','ours'),
+        metric=RoadIoU(), data='roads')}
 
 # %% ../../nbs/12_bench.quality.ipynb #ca0c1002
 _key = 'regime','norm','bs','lr','seed'

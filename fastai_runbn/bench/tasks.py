@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOID', 'Images', 'PartLoader', 'digits_dls', 'mnist_dls', 'photos_dls', 'scenes_dls', 'bodies_dls',
-           'CrossEntropyDice', 'volumes_dls', 'roads_dls', 'rows_dls', 'lesson10_convnet', 'small_resnet',
-           'body_and_head', 'small_unet', 'PlainUnet', 'small_efficientnet', 'small_resnext', 'small_regnet',
-           'small_mobilenet_v2']
+           'CrossEntropyDice', 'volumes_dls', 'roads_dls', 'kind_of_data', 'rows_dls', 'lesson10_convnet',
+           'small_resnet', 'body_and_head', 'small_unet', 'PlainUnet', 'monai_unet', 'roads_unet', 'small_efficientnet',
+           'small_resnext', 'small_regnet', 'small_mobilenet_v2']
 
 # %% ../../nbs/12_bench.tasks.ipynb #b053d0e5
 import math,tarfile
@@ -280,6 +280,17 @@ def roads_dls(
     dls.train_ds.loss_func = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
     return dls
 
+# %% ../../nbs/12_bench.tasks.ipynb #587da30b
+def kind_of_data(
+    path, # Folder, tar or `.npz`
+)->str: # 'volumes', 'roads' or 'images'
+    "What a study can have from `path`: scans in an `.npz`, images that have labels beside them, or images in folders that are classes"
+    path = Path(path)
+    if path.suffix=='.npz': return 'volumes'
+    if path.is_dir(): return 'roads' if any(path.glob('**/train/labels')) else 'images'
+    with tarfile.open(path) as tar: return 'roads' if any('/train/labels/' in f'/{n}' for n in tar.getnames()) else 'images'
+
+
 # %% ../../nbs/12_bench.tasks.ipynb #5204e21f
 def rows_dls(
     bs:int=2, # Training batch size
@@ -360,6 +371,20 @@ class PlainUnet(nn.Module):
         for up,joined in zip(reversed(self.up), reversed(self.joined)):
             x = joined(torch.cat([up(x), skips.pop()], 1))
         return self.last(x)
+
+# %% ../../nbs/12_bench.tasks.ipynb #1a237e81
+def monai_unet()->nn.Module: # `(N,1,D,H,W)` to `(N,3,D,H,W)`, sizes multiples of 8
+    "MONAI's residual U-Net, small, with BatchNorm in the place of InstanceNorm, its default"
+    from monai.networks.nets import UNet
+    return UNet(3, 1, 3, (8,16,32,64), (2,2,2), num_res_units=1, norm='batch')
+
+def roads_unet(
+    size:tuple=(96,128), # Of the images
+)->nn.Module: # `(N,3,*size)` to `(N,11,*size)`
+    "The net of fastai's `unet_learner(dls, resnet18, pretrained=False)`"
+    from fastai.vision.learner import create_unet_model
+    from torchvision.models import resnet18
+    return create_unet_model(resnet18, VOID, size, pretrained=False)
 
 # %% ../../nbs/12_bench.tasks.ipynb #8d3dcd47
 def small_efficientnet(
