@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint_sequential
 from fastai_runbn.all import RunBNCallback,RunBNSchedule,surgery_report,to_bn,to_runbn
 from fastai_runbn.layers import RunningBatchNormMixin,runbn_settings
-from fastai_runbn.bench.families import families,there_and_back
+from fastai_runbn.bench.families import families,there_and_back,trains
 from fastai_runbn.bench.tasks import digits_dls
 from learners import assert_same,fit,five,make,norms,running,short,state,trained_stats
 
@@ -77,7 +77,10 @@ def test_04_families_there_and_back(name):
     row = there_and_back(name) if not name.endswith(('convnext_atto','vit_tiny_patch16_224')) else None
     if row is None:                                                      # no batch norm at all: a warning, and the model as it was
         with pytest.warns(UserWarning, match='Nothing to convert.*LayerNorm'): to_runbn(families[name]()[0])
-    else: assert row['bit_equal'] and row['converted'] == row['norms'] > 2
+    else:
+        assert row['bit_equal'] and row['converted'] == row['norms'] > 2
+        model,x = families[name]()
+        assert trains(to_runbn(model), x)
 
 @two
 def test_05_hooks_fire_and_activation_stats_are_whole(kind):
