@@ -401,7 +401,9 @@ def plot_tiles(cls:RunBNInterpretation,
     models,dl,_ = _common(learners, dl, 1)
     images = {n:_draw(dl, 1, 1, seed, _device(m))[0][0] for n,m in models.items()}
     height,width = next(iter(images.values())).shape[-2:]
-    fig,axs = plt.subplots(len(models), 4, figsize=(9,.4+2.1*len(models)*height/width), squeeze=False, layout='constrained')
+    panel = 2.1*min(1, width/height) # inches across
+    size = .6+4*panel,.4+len(models)*panel*height/width
+    fig,axs = plt.subplots(len(models), 4, figsize=size, squeeze=False, layout='constrained')
     for row,(name,model) in zip(axs, models.items()):
         x = images[name]
         with _evaluating(model): one,other,distance = _two_tilings(model, x, tile)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VOID', 'Images', 'PartLoader', 'digits_dls', 'mnist_dls', 'photos_dls', 'scenes_dls', 'bodies_dls',
-           'CrossEntropyDice', 'volumes_dls', 'roads_dls', 'kind_of_data', 'rows_dls', 'lesson10_convnet',
-           'small_resnet', 'body_and_head', 'small_unet', 'PlainUnet', 'monai_unet', 'roads_unet', 'small_efficientnet',
-           'small_resnext', 'small_regnet', 'small_mobilenet_v2']
+           'CrossEntropyDice', 'volumes_dls', 'roads_dls', 'kind_of_data', 'BoxLoss', 'boxes_dls', 'rows_dls',
+           'lesson10_convnet', 'small_resnet', 'body_and_head', 'small_unet', 'PlainUnet', 'monai_unet', 'roads_unet',
+           'Detector', 'small_efficientnet', 'small_resnext', 'small_regnet', 'small_mobilenet_v2']
 
 # %% ../../nbs/12_bench.tasks.ipynb #b053d0e5
 import math,tarfile
@@ -217,6 +217,26 @@ def _volumes(path, size):
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     return x[order],y[order]
 
+def _phantom(size, g):
+    "A body of two parts between others that are as bright, in noise, and the class of each voxel"
+    def uniform(low, high, *shape): return low+(high-low)*torch.rand(shape, generator=g)
+    axes = [torch.linspace(-1, 1, n) for n in size]
+    grid = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
+    turn = torch.linalg.qr(torch.eye(3)+torch.randn(3, 3, generator=g)/4)
+    x = (grid-uniform(-.2, .2, 3))@(turn[0]*turn[1].diagonal().sign()) # near to no turn
+    x = x/uniform(.8, 1.2, 3)/torch.tensor([.35,.65,.35])
+    label = (x.norm(dim=-1)<1).long()*(1+(x[...,1]>uniform(-.2, .2, 1)))
+    others = [((grid-uniform(-1, 1, 3)).norm(dim=-1)<.35) for _ in range(3)]
+    bright = torch.stack([label>0, *others]).any(0)
+    rise = grid@torch.randn(3, generator=g)*.3
+    return bright/2+rise+torch.randn(size, generator=g)/4,label
+
+@lru_cache
+def _phantoms(n, size):
+    g = torch.Generator().manual_seed(42)
+    x,y = [torch.stack(o) for o in zip(*[_phantom(size, g) for _ in range(n)])]
+    return ((x-x.mean())/x.std())[:,None],y
+
 class CrossEntropyDice(CrossEntropyLossFlat):
     "Cross entropy and, of the classes in axis 1 one by one, 1 less the Dice coefficient"
     def __init__(self):
@@ -227,7 +247,7 @@ class CrossEntropyDice(CrossEntropyLossFlat):
         return F.cross_entropy(pred, targ)+self.dice(pred, targ)
 
 def volumes_dls(
-    path, # The `.npz`
+    path=None, # The `.npz`; default: bodies in noise, made here
     bs:int=1, # Training batch size
     size:tuple=(40,56,40), # Voxels
     n_train:int=100, # Volumes to train on
@@ -235,7 +255,8 @@ def volumes_dls(
     device=None, # Default: fastai's
 )->DataLoaders: # Batches of `(bs,1,*size)` float volumes and `(bs,*size)` classes
     "Scans and their segmentation as fastai `DataLoaders`, held in memory; always the same split"
-    x,y = _volumes(Path(path), tuple(size))
+    size = tuple(size)
+    x,y = _phantoms(n_train+n_valid, size) if path is None else _volumes(Path(path), size)
     train,valid = (x[:n_train],y[:n_train]),(x[n_train:n_train+n_valid],y[n_train:n_train+n_valid])
     dls = _dls(train, valid, bs, axis=1, valid_bs=10, device=device)
     dls.train_ds.loss_func = CrossEntropyDice()
@@ -290,6 +311,64 @@ def kind_of_data(
     if path.is_dir(): return 'roads' if any(path.glob('**/train/labels')) else 'images'
     with tarfile.open(path) as tar: return 'roads' if any('/train/labels/' in f'/{n}' for n in tar.getnames()) else 'images'
 
+
+# %% ../../nbs/12_bench.tasks.ipynb #70f75c28
+def _put_digit(x, boxes, ink, g):
+    "Put `ink` `(1,24,24)` on the image `x` where none of `boxes` is, and return its box `(4,)`; `None`: no place was found"
+    def pick(low, high): return int(torch.randint(low, high, (), generator=g))
+    side = pick(20, 41)
+    a = F.interpolate(ink[None], size=(side,side), mode='bilinear')[0]
+    on = (a[0]>.3).nonzero()
+    (top,left),(bottom,right) = on.amin(0).tolist(),on.amax(0).tolist()
+    for _ in range(20):
+        v,h = pick(0, x.shape[1]-side),pick(0, x.shape[2]-side)
+        box = torch.tensor([h+left, v+top, h+right+1., v+bottom+1.])
+        if ((boxes[:,:2]<box[2:]) & (boxes[:,2:4]>box[:2])).all(1).any(): continue
+        at = (slice(None),slice(v,v+side),slice(h,h+side))
+        x[at] = x[at]*(1-a)+torch.rand(3, 1, 1, generator=g)*a
+        return box
+
+def _boxed(photo, inks, kinds, g):
+    "`photo` with one to three digits, and their boxes and classes `(3,5)`, 0 where there is none"
+    x,boxes = photo.clone(),torch.zeros(3, 5)
+    for k in range(int(torch.randint(1, 4, (), generator=g))):
+        i = int(torch.randint(len(inks), (), generator=g))
+        box = _put_digit(x, boxes[:k], inks[i], g)
+        if box is not None: boxes[k] = torch.cat((box, kinds[i:i+1]+1.))
+    return x,boxes
+
+@lru_cache
+def _boxes(path, size, n, train):
+    g = torch.Generator().manual_seed(n+train)
+    def pick(low, high): return int(torch.randint(low, high, (), generator=g))
+    def crop(photo):
+        v,h,W = pick(0, photo.shape[1]-size[0]),size[1],photo.shape[2]
+        left = pick(*((0,W*2//3-h) if train else (W*2//3,W-h)))
+        return photo[:,v:v+size[0],left:left+h]
+    photos = None if path is None else _roads(path, size)[0 if train else 1][0]
+    inks,kinds = [t[:400] if train else t[400:] for t in _few_digits()]
+    def photo(): return crop(_photographs()[pick(0, 2)]) if photos is None else photos[pick(0, len(photos))]
+    return [torch.stack(t) for t in zip(*[_boxed(photo(), inks, kinds, g) for _ in range(n)])]
+
+class BoxLoss:
+    "The sum of the losses that a detector in training mode gives; in evaluation it gives boxes, and there is none"
+    def __call__(self, pred, targ): return pred.sum() if pred.ndim==1 else pred.new_zeros(())
+
+def boxes_dls(
+    path=None, # Road scenes, as of `roads_dls`; default: photographs
+    bs:int=1, # Training batch size
+    size:tuple=(96,128), # Pixels, height and width
+    n_train:int=600, # Images to train on
+    n_valid:int=100, # Images to validate on
+    device=None, # Default: fastai's
+)->DataLoaders: # Batches of `(bs,3,*size)` float images from 0 to 1, and twice (to the model, and as targets) `(bs,3,5)`: left, top, right, bottom, class, 0 where there is no object
+    "Digits to find as fastai `DataLoaders`, held in memory"
+    path = None if path is None else Path(path)
+    train,valid = [(x,y,y) for x,y in (_boxes(path, tuple(size), n, t) for n,t in ((n_train,True),(n_valid,False)))]
+    dls = _dls(train, valid, bs, valid_bs=20, device=device)
+    dls.train_ds.loss_func = BoxLoss()
+    for dl in dls.loaders: dl.n_inp = 2
+    return dls
 
 # %% ../../nbs/12_bench.tasks.ipynb #5204e21f
 def rows_dls(
@@ -385,6 +464,36 @@ def roads_unet(
     from fastai.vision.learner import create_unet_model
     from torchvision.models import resnet18
     return create_unet_model(resnet18, VOID, size, pretrained=False)
+
+# %% ../../nbs/12_bench.tasks.ipynb #2ba4b606
+class Detector(nn.Module):
+    "Torchvision's Faster R-CNN on a ResNet of four blocks, as a Learner trains it"
+    def __init__(self,
+        norm=nn.BatchNorm2d, # Makes a norm from a number of channels
+        size:tuple=(96,128), # Of the images
+        n_out:int=4, # Classes, background included
+    ):
+        super().__init__()
+        from torchvision.models.detection import FasterRCNN
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.backbone_utils import BackboneWithFPN
+        from torchvision.models.detection.faster_rcnn import FastRCNNPredictor,TwoMLPHead
+        from torchvision.models.resnet import BasicBlock,ResNet
+        layers = {f'layer{i}':str(i) for i in range(1, 5)}
+        body = BackboneWithFPN(ResNet(BasicBlock, [1]*4, norm_layer=norm), layers, [64,128,256,512], 64)
+        anchors = AnchorGenerator(tuple((s,) for s in (12,20,28,36,44)), ((.7,1.,1.4),)*5)
+        few = {f'rpn_{when}_nms_top_n_{mode}':n for when,n in (('pre',200),('post',100)) for mode in ('train','test')}
+        self.net = FasterRCNN(body, min_size=size[0], max_size=size[1], rpn_anchor_generator=anchors,
+            box_head=TwoMLPHead(64*7*7, 256), box_predictor=FastRCNNPredictor(256, n_out),
+            box_batch_size_per_image=64, rpn_batch_size_per_image=64, box_detections_per_img=10, **few)
+    def forward(self, x, boxes):
+        if self.training:
+            targets = [dict(boxes=b[b[:,4]>0,:4], labels=b[b[:,4]>0,4].long()) for b in boxes]
+            return torch.stack([*self.net([*x], targets).values()])
+        res = x.new_zeros(len(x), 10, 6) # left, top, right, bottom, class, score
+        for r,d in zip(res, self.net([*x])):
+            r[:len(d['boxes'])] = torch.cat((d['boxes'], d['labels'][:,None], d['scores'][:,None]), 1)
+        return res
 
 # %% ../../nbs/12_bench.tasks.ipynb #8d3dcd47
 def small_efficientnet(
