@@ -125,7 +125,7 @@ class FilterMeans:
 
 # %% ../nbs/10_callback.ipynb #0e5f7c04
 def means_kept(keep_means, running_grad=None, **_):
-    "Do filters keep their means? What `keep_means` says; where that is `None`, unless statistics have no gradient"
+    "Do filters keep their means? As `keep_means` says; `None`: unless statistics have no gradient"
     if keep_means not in (None,True,False):
         raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
     return running_grad!=0 if keep_means is None else keep_means

@@ -268,7 +268,8 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
              if re.search(only, n) and (only or not r.by_name)}
     names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]
     if not names:
-        forms = dict(images='a folder or tar of images', roads='one of road scenes', volumes='an .npz of volumes')
+        forms = dict(images='a folder or tar of images', roads='one of road scenes',
+            volumes='an .npz of volumes')
         what = ' or '.join(forms[o] for o in sorted({*needs.values()}-{''}))
         raise CliError(f'--only {only}: give {what} with --data')
     console,progress = _console()

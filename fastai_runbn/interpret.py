@@ -258,7 +258,7 @@ def plot_gap(self:RunBNInterpretation,
 
 # %% ../nbs/11_interpret.ipynb #25d7340b
 def _common(learners, dl, bs):
-    "Models by name, and the data and batch size for all of them: those given, or the first learner's"
+    "Models by name, data and batch size for all of them: those given, or the first learner's"
     if not 0<len(learners)<=len(_colours):
         raise ValueError(f"One to {len(_colours)} learners were expected, not {len(learners)}.")
     dls = getattr(next(iter(learners.values())), 'dls', None)
@@ -278,7 +278,8 @@ def compare(cls:RunBNInterpretation,
     "Plot how far training and evaluation are apart in several models, layer by layer"
     models,dl,bs = _common(learners, dl, bs)
     for n,m in models.items():
-        if not _norms(m, _BatchNorm): raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
+        if not _norms(m, _BatchNorm):
+            raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
     df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
     _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
     return df
@@ -290,8 +291,8 @@ def _logits(model, xs):
     out = out.get('out') if isinstance(out, dict) else out
     if not isinstance(out, torch.Tensor) or out.ndim!=xs[0].ndim or out.shape[2:]!=xs[0].shape[2:]:
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(f"{type(model).__name__} gives {got} for an input of {tuple(xs[0].shape)}: "
-            "classes in axis 1 for each position of it, (N,classes,*), were expected.")
+        raise ValueError(f"{type(model).__name__} gives {got} for an input of "
+            f"{tuple(xs[0].shape)}: classes in axis 1 for each position of it, (N,classes,*), were expected.")
     return out
 
 def _probabilities(model, xs):
@@ -319,7 +320,7 @@ def disparity(cls:RunBNInterpretation,
     n_batches:int=64, # Batches, the same for all
     seed:int=42, # Of their draw
 )->pd.Series: # From 0 to 1, by name
-    "Train/eval disparity: mean distance of what a model predicts with its norms in training mode to what it predicts in evaluation"
+    "Train/eval disparity: mean distance of predictions with norms in either mode"
     models,dl,bs = _common(learners, dl, bs)
     res = {}
     for name,model in models.items():
@@ -341,8 +342,8 @@ def _starts(shape, tile):
     starts = [t//2 if n>t else 0 for n,t in zip(shape, tile)]
     if not any(starts) or any(not 0<t<=n or (s and (t%2 or n<t+s))
             for n,t,s in zip(shape, tile, starts)):
-        raise ValueError(f"tile={tile} for an image of {tuple(shape)}: even sizes were expected, two thirds of "
-            "the image's at most, or as large as it is; not all of them as large.")
+        raise ValueError(f"tile={tile} for an image of {tuple(shape)}: even sizes were expected, "
+            "two thirds of the image's at most, or as large as it is; not all of them as large.")
     return starts
 
 def _by_tiles(model, x, tile, starts):
@@ -357,14 +358,15 @@ def _by_tiles(model, x, tile, starts):
     return res
 
 def _two_tilings(model, x, tile, margin=0):
-    "Probabilities in one tiling and in the other, and their distance, NaN where there is no second or in the margin"
+    "Probabilities in two tilings, and their distance: NaN in margins and where one has no tile"
     starts = _starts(x.shape[2:], tile)
     one,other = [_by_tiles(model, x, tile, s) for s in ([0]*len(tile),starts)]
     distance = _distance(one, other)
     for axis,(n,t,s) in enumerate(zip(x.shape[2:], tile, starts), 1):
         i = torch.arange(n, device=x.device)%max(1, s)
         if s: distance.index_fill_(axis, ((i<margin) | (i>=s-margin)).nonzero()[:,0], math.nan)
-    if distance.isnan().all(): raise ValueError(f"margin={margin} leaves nothing of a tile of {tile}.")
+    if distance.isnan().all():
+        raise ValueError(f"margin={margin} leaves nothing of a tile of {tile}.")
     return one,other,distance
 
 # %% ../nbs/11_interpret.ipynb #f26b4ef1
@@ -410,12 +412,14 @@ def plot_tiles(cls:RunBNInterpretation,
         cut = ... if x.ndim<5 else x.shape[2]//2 if at is None else at
         starts = _starts(x.shape[2:], tile)[-2:]
         shown = x[0].mean(0),one[0,label],other[0,label],distance[0]
-        for ax,a,vmax in zip(row, shown, (None,1,1,1)):
-            ax.imshow(a[cut].cpu(), cmap='gray' if vmax is None else 'viridis', vmin=None if vmax is None else 0, vmax=vmax)
+        for ax,a,how in zip(row, shown, (dict(cmap='gray'),*[dict(vmin=0, vmax=1)]*3)):
+            ax.imshow(a[cut].cpu(), **how)
             ax.set(xticks=[], yticks=[])
-        for ax,first in zip(row[1:3], ((0,0),starts)): _draw_seams(ax, x.shape[-2:], tile[-2:], first)
+        for ax,first in zip(row[1:3], ((0,0),starts)):
+            _draw_seams(ax, x.shape[-2:], tile[-2:], first)
         row[0].set_ylabel(name)
-    for ax,title in zip(axs[0], ('Image','In tiles','Tiles half a tile on','Distance of the two')): ax.set_title(title, fontsize='medium')
+    for ax,title in zip(axs[0], ('Image','In tiles','Half a tile on','Distance')):
+        ax.set_title(title, fontsize='medium')
 
 # %% ../nbs/11_interpret.ipynb #4edf23a9
 def _draw_seams(ax, shape, tile, starts):

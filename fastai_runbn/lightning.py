@@ -23,7 +23,7 @@ except ImportError:
 # %% ../nbs/10_lightning.ipynb #2ca56bfa
 @delegates(runbn_settings)
 class RunBNLightning(Callback):
-    "Train a LightningModule with running batch norm: converts its BatchNorm layers (`to_runbn`), which then stay converted"
+    "Train with running batch norm: converts the BatchNorm layers of a LightningModule (`to_runbn`)"
     def __init__(self,
         include:str|list=None, # Names or globs of the layers to convert; default: all
         exclude:str|list=None, # Names or globs of layers to leave

@@ -393,17 +393,22 @@ def by_lightning():
         def training_step(self, b, i): return cross_entropy(self.model(b[0]), b[1])
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .02)
     module = Module()
-    L.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', accumulate_grad_batches=n, use_distributed_sampler=False, callbacks=RunBNLightning(),
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = L.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', callbacks=RunBNLightning(),
+        accumulate_grad_batches=n, use_distributed_sampler=False, **quiet)
+    trainer.fit(module, torch.utils.data.DataLoader(mine, batch_size=None))
     return module.model
 def off(a, b): return max((x-y).abs().max().item() for x,y in zip(a, b))
-def values(model): return torch.cat([t.detach().flatten() for t in (*model.parameters(),*[m.window_mean for m in running_norms(model)])])
+def values(model):
+    windows = [m.window_mean for m in running_norms(model)]
+    return torch.cat([t.detach().flatten() for t in (*model.parameters(),*windows)])
 hand,theirs = by_hand(),globals()[f'by_{what}']()
 v = values(theirs)
 all_ = [torch.empty_like(v) for _ in range(2)]
 dist.all_gather(all_, v)
 alone = net()
-res = dict(off=off([values(hand)], [v]), moved=off(hand.parameters(), alone.parameters()), same=torch.equal(*all_), batches=[m.num_batches_tracked.item() for m in running_norms(theirs)])
+res = dict(off=off([values(hand)], [v]), moved=off(hand.parameters(), alone.parameters()), same=torch.equal(*all_),
+    batches=[m.num_batches_tracked.item() for m in running_norms(theirs)])
 Path(f'{out}/{rank}.json').write_text(json.dumps(res))
 gc.collect()
 dist.barrier()

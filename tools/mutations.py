@@ -21,6 +21,9 @@ ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k',
     'filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
+tiles = ['tests/test_notebooks.py','-k','11_interpret']
+lightning = ['tests/test_notebooks.py','-k','10_lightning']
+loops = ['tests/test_distributed.py','-k','other_loops and lightning']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 adapts = ['tests/test_distributed.py','-k','adaptive']
 contract = ['tests/test_contract.py','-k','not compiled and not point_net and not lightning and not accelerate and not scale']
@@ -141,6 +144,17 @@ mutations = [
         'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
     ('floor hits counted with the batch at hand', 'interpret',
         'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
+    ('margins of tiles looked at', 'interpret', '((i<margin) | (i>=s-margin))', '(i<0)', tiles),
+    ('one tiling twice', 'interpret', 'for s in ([0]*len(tile),starts)', 'for s in ([0]*len(tile),)*2',
+        tiles),
+    ('train/eval disparity of evaluation and itself', 'interpret', 'return _training(n, copies[n], x)',
+        'return None', tiles),
+    ('Lightning: samples not told', 'lightning', 'if bs!=self._bs and bs>0: set_batch_size(pl_module, bs)',
+        'pass', lightning),
+    ('Lightning: filters do not keep their means', 'lightning', 'FilterMeans(pl_module, norms, params).on(opt)',
+        'FilterMeans(pl_module, norms, params)', lightning),
+    ('Lightning: a window for each rank', 'lightning', 'if trainer.world_size>1 else None',
+        'if trainer.world_size<1 else None', loops),
     ('contract: track_running_stats not minded', 'layers',
         'return not self.track_running_stats or self', 'return self', contract),
     ('contract: converters put their norms in place', 'layers',

@@ -42,16 +42,20 @@ def _monai(name, **kwargs):
     return getattr(nets, name)(**kwargs),torch.randn(1,1,32,32,32)
 
 class FusedConv(nn.Module):
-    "Convolution, norm and SiLU, made one convolution for inference by `fuse`, as Ultralytics' detectors are"
+    "Convolution, norm and SiLU, which `fuse` makes one convolution, as in Ultralytics' detectors"
     def __init__(self, n_in, n_out):
         super().__init__()
-        self.conv,self.bn = nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False),nn.BatchNorm2d(n_out, eps=1e-3, momentum=.03)
+        self.conv = nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(n_out, eps=1e-3, momentum=.03)
     def forward(self, x): return F.silu(self.conv(x) if self.bn is None else self.bn(self.conv(x)))
     def fuse(self): self.conv,self.bn = fuse_conv_bn_eval(self.conv, self.bn),None
 
-def _fused(): return nn.Sequential(FusedConv(3,16), FusedConv(16,32), FusedConv(32,64)),torch.randn(1,3,64,64)
+def _fused():
+    return nn.Sequential(FusedConv(3,16), FusedConv(16,32), FusedConv(32,64)),torch.randn(1,3,64,64)
 
 # %% ../../nbs/12_bench.families.ipynb #9826f8d0
+_in_3d = dict(spatial_dims=3, in_channels=1, out_channels=3)
+
 families = {
     **{f'timm {n}':partial(_timm, n, size) for n,size in dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64, regnetx_002=64,
         densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64, lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64,
@@ -60,8 +64,9 @@ families = {
         fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32), s3d=(1,3,16,224,224)).items()},
     **{f'fastai {n}':partial(_fastai, n) for n in ('vision_learner','unet_learner','tabular_learner','wgan critic')},
     **{f'smp {n}':partial(_smp, n) for n in ('unet','fpn','deeplabv3plus')},
-    **{f'monai {n}':partial(_monai, n, **kwargs) for n,kwargs in dict(UNet=dict(spatial_dims=3, in_channels=1, out_channels=3, channels=(8,16,32), strides=(2,2), norm='batch'),
-        SegResNet=dict(init_filters=8, norm='batch'), VNet=dict(), DenseNet121=dict(spatial_dims=3, in_channels=1, out_channels=3)).items()},
+    **{f'monai {n}':partial(_monai, n, **kwargs) for n,kwargs in dict(
+        UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='batch'),
+        SegResNet=dict(init_filters=8, norm='batch'), VNet={}, DenseNet121=_in_3d).items()},
     'fused Conv+BN':_fused}
 
 # %% ../../nbs/12_bench.families.ipynb #495f6dcc
@@ -86,9 +91,9 @@ def trains(
     for m in running_norms(model): m.samples_seen.zero_()
     sum(t.float().square().mean() for t in _flat(model(*one)) if t.is_floating_point()).backward()
     opt.step()
-    finite = all(p.isfinite().all() and (p.grad is None or p.grad.isfinite().all()) for p in model.parameters())
+    tensors = [t for p in model.parameters() for t in (p,p.grad) if t is not None]
     seen = {m.samples_seen.item() for m in running_norms(model)}
-    return bool(finite) and 1 in seen and seen<={0,1}
+    return all(t.isfinite().all() for t in tensors) and 1 in seen and seen<={0,1}
 
 @torch.no_grad()
 def there_and_back(

@@ -242,6 +242,7 @@ _no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimen
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
 _mobile = (*_axes,'ours, GroupNorm on small maps')
+_large = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours'
 _tried = tuple(variants)[:-2] # the last two are for small maps and for R4
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
@@ -335,8 +336,10 @@ regimes = { # chkstyle: ignore-node, a table
     'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
         partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
         data=''),
-    'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet, by_name=True),
-    'H5':_with_adam('A small ResNeXt on clothes', small_resnext, by_name=True),
+    'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet, by_name=True,
+        variants=_mobile),
+    'H5':_with_adam('A small ResNeXt on clothes', small_resnext, by_name=True,
+        variants=_mobile),
     'H6':_with_adam('A small RegNet on photographs', small_regnet, variants=_mobile),
     'H7':_with_adam('A small MobileNetV2 on photographs', small_mobilenet_v2,
         variants=_mobile),
@@ -349,11 +352,11 @@ regimes = { # chkstyle: ignore-node, a table
     'V1 MONAI':_volumes_regime("MONAI's residual U-Net", monai_unet, 8),
     'V2':Regime("fastai's U-Net on a ResNet-18 on road scenes, segmentation, Adam, one cycle",
         lambda bs, data: roads_dls(data, bs, (96,128)), lambda data: roads_unet(), _adam,
-        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), ('BatchNorm','BatchNorm, frozen','GroupNorm','ours'),
+        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), _large,
         metric=RoadIoU(), data='roads'),
     'V3':Regime("torchvision's Faster R-CNN on a ResNet-10, digits on road scenes, Adam, one cycle",
         lambda bs, data: boxes_dls(data, bs), lambda data: Detector(), _adam, _one_cycle, 4,
-        (3e-4,1e-3,3e-3), (1,2,8), ('BatchNorm','BatchNorm, frozen','GroupNorm','ours'),
+        (3e-4,1e-3,3e-3), (1,2,8), _large,
         metric=BoxMAP(), data='roads', boxes=True)}
 
 # %% ../../nbs/12_bench.quality.ipynb #ca0c1002
@@ -424,7 +427,8 @@ def trial(
     row.update(score=_finite(score), curve=scores.values[:-1])
     if not regimes[regime].boxes:
         own,train_mode = _losses(learn, bs)
-        row.update(loss=_finite(loss), gap=_finite(own-train_mode), note='' if math.isfinite(own) else 'diverged')
+        note = '' if math.isfinite(own) else 'diverged'
+        row.update(loss=_finite(loss), gap=_finite(own-train_mode), note=note)
     return dict(row, seconds=round(time.perf_counter()-start, 1))
 
 # %% ../../nbs/12_bench.quality.ipynb #9320cf70

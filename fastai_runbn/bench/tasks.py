@@ -305,16 +305,17 @@ def roads_dls(
 def kind_of_data(
     path, # Folder, tar or `.npz`
 )->str: # 'volumes', 'roads' or 'images'
-    "What a study can have from `path`: scans in an `.npz`, images that have labels beside them, or images in folders that are classes"
+    "Scans in an `.npz`, images with labels beside them, or images in folders that are classes?"
     path = Path(path)
     if path.suffix=='.npz': return 'volumes'
     if path.is_dir(): return 'roads' if any(path.glob('**/train/labels')) else 'images'
-    with tarfile.open(path) as tar: return 'roads' if any('/train/labels/' in f'/{n}' for n in tar.getnames()) else 'images'
+    with tarfile.open(path) as tar: names = tar.getnames()
+    return 'roads' if any('/train/labels/' in f'/{n}' for n in names) else 'images'
 
 
 # %% ../../nbs/12_bench.tasks.ipynb #70f75c28
 def _put_digit(x, boxes, ink, g):
-    "Put `ink` `(1,24,24)` on the image `x` where none of `boxes` is, and return its box `(4,)`; `None`: no place was found"
+    "Put `ink` `(1,24,24)` on `x` where none of `boxes` is: its box `(4,)`, or `None`: no place"
     def pick(low, high): return int(torch.randint(low, high, (), generator=g))
     side = pick(20, 41)
     a = F.interpolate(ink[None], size=(side,side), mode='bilinear')[0]
@@ -347,11 +348,13 @@ def _boxes(path, size, n, train):
         return photo[:,v:v+size[0],left:left+h]
     photos = None if path is None else _roads(path, size)[0 if train else 1][0]
     inks,kinds = [t[:400] if train else t[400:] for t in _few_digits()]
-    def photo(): return crop(_photographs()[pick(0, 2)]) if photos is None else photos[pick(0, len(photos))]
+    def photo():
+        if photos is None: return crop(_photographs()[pick(0, 2)])
+        return photos[pick(0, len(photos))]
     return [torch.stack(t) for t in zip(*[_boxed(photo(), inks, kinds, g) for _ in range(n)])]
 
 class BoxLoss:
-    "The sum of the losses that a detector in training mode gives; in evaluation it gives boxes, and there is none"
+    "Sum of the losses that a detector gives; in evaluation it gives boxes, and there is none"
     def __call__(self, pred, targ): return pred.sum() if pred.ndim==1 else pred.new_zeros(())
 
 def boxes_dls(
@@ -364,7 +367,10 @@ def boxes_dls(
 )->DataLoaders: # Batches of `(bs,3,*size)` float images from 0 to 1, and twice (to the model, and as targets) `(bs,3,5)`: left, top, right, bottom, class, 0 where there is no object
     "Digits to find as fastai `DataLoaders`, held in memory"
     path = None if path is None else Path(path)
-    train,valid = [(x,y,y) for x,y in (_boxes(path, tuple(size), n, t) for n,t in ((n_train,True),(n_valid,False)))]
+    def split(n, train):
+        x,y = _boxes(path, tuple(size), n, train)
+        return x,y,y
+    train,valid = split(n_train, True),split(n_valid, False)
     dls = _dls(train, valid, bs, valid_bs=20, device=device)
     dls.train_ds.loss_func = BoxLoss()
     for dl in dls.loaders: dl.n_inp = 2
@@ -480,19 +486,23 @@ class Detector(nn.Module):
         from torchvision.models.detection.faster_rcnn import FastRCNNPredictor,TwoMLPHead
         from torchvision.models.resnet import BasicBlock,ResNet
         layers = {f'layer{i}':str(i) for i in range(1, 5)}
-        body = BackboneWithFPN(ResNet(BasicBlock, [1]*4, norm_layer=norm), layers, [64,128,256,512], 64)
+        resnet = ResNet(BasicBlock, [1]*4, norm_layer=norm)
+        body = BackboneWithFPN(resnet, layers, [64,128,256,512], 64)
         anchors = AnchorGenerator(tuple((s,) for s in (12,20,28,36,44)), ((.7,1.,1.4),)*5)
-        few = {f'rpn_{when}_nms_top_n_{mode}':n for when,n in (('pre',200),('post',100)) for mode in ('train','test')}
-        self.net = FasterRCNN(body, min_size=size[0], max_size=size[1], rpn_anchor_generator=anchors,
-            box_head=TwoMLPHead(64*7*7, 256), box_predictor=FastRCNNPredictor(256, n_out),
-            box_batch_size_per_image=64, rpn_batch_size_per_image=64, box_detections_per_img=10, **few)
+        few = {f'rpn_{when}_nms_top_n_{mode}':n for when,n in (('pre',200),('post',100))
+            for mode in ('train','test')}
+        self.net = FasterRCNN(body, min_size=size[0], max_size=size[1],
+            rpn_anchor_generator=anchors, box_head=TwoMLPHead(64*7*7, 256), box_predictor=FastRCNNPredictor(256, n_out),
+            box_batch_size_per_image=64, rpn_batch_size_per_image=64,
+            box_detections_per_img=10, **few)
     def forward(self, x, boxes):
         if self.training:
             targets = [dict(boxes=b[b[:,4]>0,:4], labels=b[b[:,4]>0,4].long()) for b in boxes]
             return torch.stack([*self.net([*x], targets).values()])
         res = x.new_zeros(len(x), 10, 6) # left, top, right, bottom, class, score
         for r,d in zip(res, self.net([*x])):
-            r[:len(d['boxes'])] = torch.cat((d['boxes'], d['labels'][:,None], d['scores'][:,None]), 1)
+            columns = d['boxes'],d['labels'][:,None],d['scores'][:,None]
+            r[:len(d['boxes'])] = torch.cat(columns, 1)
         return res
 
 # %% ../../nbs/12_bench.tasks.ipynb #8d3dcd47
