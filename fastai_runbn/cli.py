@@ -263,7 +263,8 @@ def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
     for o,v in (('--seeds',seeds), ('--jobs',jobs)):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
     if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
-    have = '' if data is None else kind_of_data(data)
+    try: have = '' if data is None else kind_of_data(data)
+    except ValueError as e: raise CliError(f'--data {e}') from None
     needs = {n:r.data for n,r in quality.regimes.items()
              if re.search(only, n) and (only or not r.by_name)}
     names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]

@@ -69,7 +69,7 @@ def test_an_interrupted_study_keeps_its_trials(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize('given,want', [([],'R1 H3 H9'),
     (['photos'],'R1 R2 H3 H6 H7 H9'), (['photos','--only','H[1-8]'],'H1 H2 H3 H4 H5 H6 H7'),
-    (['roads'],'R1 H3 H8 H9 V2'), (['a.npz'],'R1 H3 H9 V1 V1_MONAI')], ids=str)
+    (['roads'],'R1 H3 H8 H9 V2 V3'), (['a.npz'],'R1 H3 H9 V1 V1_MONAI')], ids=str)
 def test_nets_on_clothes_do_not_get_photographs(given, want, tmp_path, monkeypatch, capsys):
     "Nor does anything run without the data that it needs"
     def study(path, names, **kw):
@@ -182,3 +182,8 @@ def test_safetensors_hold_tensors_only(tmp_path, capsys):
     t = torch.ones(3)
     torch.save({'a':t, 'b':t}, tmp_path/'a.pth')                                 # tied weights
     assert run(capsys, 'convert', f'{tmp_path}/a.pth', f'{tmp_path}/b.safetensors')[0]==0
+
+def test_data_that_are_neither_folder_nor_tar(tmp_path, capsys):
+    (tmp_path/'a.zip').write_bytes(b'PK')
+    code,out,err = run(capsys, 'bench', 'quality', '--data', str(tmp_path/'a.zip'))
+    assert (code,err)==(2,f"runbn bench: --data {tmp_path/'a.zip'}: a folder, a tar or an .npz was expected.\n")

@@ -309,6 +309,8 @@ def kind_of_data(
     path = Path(path)
     if path.suffix=='.npz': return 'volumes'
     if path.is_dir(): return 'roads' if any(path.glob('**/train/labels')) else 'images'
+    if not tarfile.is_tarfile(path):
+        raise ValueError(f'{path}: a folder, a tar or an .npz was expected.')
     with tarfile.open(path) as tar: names = tar.getnames()
     return 'roads' if any('/train/labels/' in f'/{n}' for n in names) else 'images'
 
