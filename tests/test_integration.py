@@ -569,3 +569,23 @@ print(type(it.net[1]).__name__, it.net[1].num_batches_tracked.item())"""
     p = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     if package: assert p.stdout.split('\n')[-2]=='RunningBatchNorm2d 3', p.stderr[-2000:]
     else: assert "pip install 'fastai_runbn[lightning]'" in p.stderr and p.returncode
+
+def test_lightning_hears_how_many_samples_a_batch_has():
+    "Rows are points, three a cloud; after the fit the layers count by themselves again"
+    import lightning as L
+    from fastai_runbn.lightning import RunBNLightning
+    class Module(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.norm,self.seen = nn.BatchNorm1d(4),[]
+        def training_step(self, b, i):
+            loss = self.norm(b.view(-1, 4)).square().mean()
+            self.seen.append(self.norm.batch_size)
+            return loss
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), .01)
+    it = Module()
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    L.Trainer(max_epochs=1, accelerator='cpu', callbacks=RunBNLightning(), **quiet).fit(it,
+        torch.utils.data.DataLoader(torch.randn(6,3,4), batch_size=2))
+    assert (it.seen,it.norm.batch_size)==([2,2,2],None)
+    assert it.norm.samples_seen.item()==6

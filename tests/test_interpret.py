@@ -4,6 +4,7 @@ import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
 from torch import nn
 from fastai_runbn.all import RunBNCallback,RunBNInterpretation,RunBNRecorder,to_runbn
+from fastai_runbn.bench.peers import use_norm
 from fastai_runbn.moments import AdaptiveWindow,lesson10_weight
 from learners import assert_same,fit,make,running,trained_stats
 
@@ -91,7 +92,7 @@ def test_without_data_or_norms():
     assert interp.table().rho.tolist()==[1.]
     with pytest.raises(ValueError, match='give `dl`'): interp.gap()
     with pytest.raises(ValueError, match='neither running norms nor BatchNorm'): interp.compare({'x':nn.Linear(2,2)}, dl=[torch.randn(4,2)], bs=2)
-    with pytest.raises(ValueError, match='one to 6 learners'): interp.compare({})
+    with pytest.raises(ValueError, match='One to 6 learners'): interp.compare({})
 
 def test_table_of_a_loaded_checkpoint():
     net = to_runbn(nn.Sequential(nn.BatchNorm1d(3)))
@@ -168,3 +169,26 @@ def test_figures_are_labelled():
             for label in (ax.xaxis.label,ax.yaxis.label,ax.title): assert fig.bbox.padded(1).contains(*label.get_window_extent().min) and fig.bbox.padded(1).contains(*label.get_window_extent().max), label
             boxes = [t.get_window_extent() for t in ax.get_xticklabels() if t.get_text()]
             assert not any(a.overlaps(b) for a,b in zip(boxes, boxes[1:])), plot
+
+def tiled(make=None):
+    "Two convolutions and a norm between: a position sees two to each side"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(1,4,3,padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4,3,3,padding=1))
+    if make: net = make(net)
+    for _ in range(20): net(torch.randn(2,1,8,12,12)+torch.arange(12))
+    return net
+
+def test_tiles_of_volumes():
+    "Equal to the bit beyond what padding reaches where the norm does not look at the tile; in two axes, the first has one tile"
+    nets = dict(bn=tiled(), ours=tiled(to_runbn), gn=tiled(lambda m: use_norm(m, lambda C: nn.GroupNorm(2, C))))
+    images = [(torch.randn(1,1,8,24,24)+torch.arange(24),)*2 for _ in range(3)]
+    def mismatch(margin): return RunBNInterpretation.tile_mismatch(nets, (8,16,12), images, margin)
+    beyond,whole = mismatch(2),mismatch(0)
+    assert beyond.bn==beyond.ours==0 and beyond.gn>.01 and (whole>.001).all()
+    before = {n:everything(m) for n,m in nets.items()}
+    apart = RunBNInterpretation.disparity(nets, images, bs=1)
+    assert apart.bn>.001 and apart.ours>0 and apart.gn==0
+    for n,m in nets.items():
+        for k,v in everything(m).items(): assert torch.equal(v, before[n][k])
+    RunBNInterpretation.plot_tiles(nets, (8,16,12), images, label=2)
+    assert len(plt.gcf().axes)==12 and plt.gcf().axes[0].get_ylabel()=='bn'

@@ -21,8 +21,8 @@ ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k',
     'filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
 looks = ['tests/test_interpret.py']
-tiles = ['tests/test_notebooks.py','-k','11_interpret']
-lightning = ['tests/test_notebooks.py','-k','10_lightning']
+tiles = ['tests/test_interpret.py','-n0','-k','tiles']
+lightning = ['tests/test_integration.py','-n0','-k','lightning_hears']
 loops = ['tests/test_distributed.py','-k','other_loops and lightning']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 adapts = ['tests/test_distributed.py','-k','adaptive']
@@ -152,7 +152,7 @@ mutations = [
     ('Lightning: samples not told', 'lightning', 'if bs!=self._bs and bs>0: set_batch_size(pl_module, bs)',
         'pass', lightning),
     ('Lightning: filters do not keep their means', 'lightning', 'FilterMeans(pl_module, norms, params).on(opt)',
-        'FilterMeans(pl_module, norms, params)', lightning),
+        'FilterMeans(pl_module, norms, params)', loops),
     ('Lightning: a window for each rank', 'lightning', 'if trainer.world_size>1 else None',
         'if trainer.world_size<1 else None', loops),
     ('contract: track_running_stats not minded', 'layers',
