@@ -260,7 +260,8 @@ def plot_gap(self:RunBNInterpretation,
 def _common(learners, dl, bs):
     "Models by name, data and batch size for all of them: those given, or the first learner's"
     if not 0<len(learners)<=len(_colours):
-        raise ValueError(f"One to {len(_colours)} learners were expected, not {len(learners)}.")
+        raise ValueError(f"RunBNInterpretation: one to {len(_colours)} learners were expected, "
+            f"not {len(learners)}.")
     dls = getattr(next(iter(learners.values())), 'dls', None)
     dl = _data(dls) if dl is None else dl
     models = {n:_unwrapped(getattr(l, 'model', l)) for n,l in learners.items()}

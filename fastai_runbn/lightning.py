@@ -30,7 +30,7 @@ class RunBNLightning(Callback):
         filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
         keep_means:bool|None=None, # Do filters keep their means? `None`: unless `running_grad` is 0
         sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
-        batch_size:callable=None, # `batch_size(batch)`: samples in a batch; default: as above
+        batch_size:callable=None, # `batch_size(batch)`: samples in a batch; default: those of its first tensor, at most the loader's `batch_size`
         **kwargs # Settings of the layers
     ):
         runbn_settings(**kwargs)
@@ -48,12 +48,11 @@ class RunBNLightning(Callback):
 
     def on_train_start(self, trainer, pl_module):
         "Choose the filters that keep their means, and on several ranks share windows"
-        norms = [r.name for r in self.report.running if not r.why] if self.keep_means else []
-        means = []
-        for opt in trainer.optimizers:
+        norms,means = [r.name for r in self.report.running if not r.why],[]
+        for opt in trainer.optimizers if self.keep_means else ():
             params = [p for group in opt.param_groups for p in group['params']]
             means.append(FilterMeans(pl_module, norms, params).on(opt))
-        self.report.filters = '\n'.join(map(repr, means)) if self.keep_means else ''
+        self.report.filters = '\n'.join(map(repr, means))
         self._sync = sync_window(pl_module, self.sync) if trainer.world_size>1 else None
 
     def _samples(self, trainer, batch):

@@ -224,3 +224,13 @@ def test_roads_train(tmp_path, norm, monkeypatch):
     monkeypatch.setattr(regimes['V2'], 'loaders', small)
     row = trial('V2', norm, 1, 3e-4, 0, tmp_path, 1)
     assert row['note']=='' and 0<=row['score']<=1
+
+def test_the_study_is_imported_without_what_few_regimes_need():
+    "`runbn bench quality --quick` after `pip install .`"
+    code = '''import sys
+for name in ('torchmetrics','pycocotools','monai','mlxtend','timm'): sys.modules[name] = None
+from fastai_runbn.bench.quality import trial
+print(trial('R1 digits', 'ours', 32, .03, 0, epochs=1)['score'])'''
+    p = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
+    assert not p.returncode, p.stderr[-2000:]
+    assert float(p.stdout)>.5

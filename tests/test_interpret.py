@@ -92,7 +92,7 @@ def test_without_data_or_norms():
     assert interp.table().rho.tolist()==[1.]
     with pytest.raises(ValueError, match='give `dl`'): interp.gap()
     with pytest.raises(ValueError, match='neither running norms nor BatchNorm'): interp.compare({'x':nn.Linear(2,2)}, dl=[torch.randn(4,2)], bs=2)
-    with pytest.raises(ValueError, match='One to 6 learners'): interp.compare({})
+    with pytest.raises(ValueError, match='one to 6 learners'): interp.compare({})
 
 def test_table_of_a_loaded_checkpoint():
     net = to_runbn(nn.Sequential(nn.BatchNorm1d(3)))

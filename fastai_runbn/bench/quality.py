@@ -242,7 +242,7 @@ _no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimen
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
 _axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
 _mobile = (*_axes,'ours, GroupNorm on small maps')
-_large = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours'
+_in_use = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours' # on backbones
 _tried = tuple(variants)[:-2] # the last two are for small maps and for R4
 
 def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
@@ -289,7 +289,6 @@ class RoadIoU(JaccardCoeffMulti):
 
 class BoxMAP(Metric):
     "Mean average precision of boxes, over classes and overlaps from .5 to .95, as COCO has it"
-    def __init__(self): self.reset()
     def reset(self):
         from torchmetrics.detection import MeanAveragePrecision
         self.found = MeanAveragePrecision()
@@ -352,12 +351,10 @@ regimes = { # chkstyle: ignore-node, a table
     'V1 MONAI':_volumes_regime("MONAI's residual U-Net", monai_unet, 8),
     'V2':Regime("fastai's U-Net on a ResNet-18 on road scenes, segmentation, Adam, one cycle",
         lambda bs, data: roads_dls(data, bs, (96,128)), lambda data: roads_unet(), _adam,
-        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), _large,
-        metric=RoadIoU(), data='roads'),
+        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), _in_use, metric=RoadIoU(), data='roads'),
     'V3':Regime("torchvision's Faster R-CNN on a ResNet-10, digits on road scenes, Adam, one cycle",
         lambda bs, data: boxes_dls(data, bs), lambda data: Detector(), _adam, _one_cycle, 4,
-        (3e-4,1e-3,3e-3), (1,2,8), _large,
-        metric=BoxMAP(), data='roads', boxes=True)}
+        (3e-4,1e-3,3e-3), (1,2,8), _in_use, metric=BoxMAP(), data='roads', boxes=True)}
 
 # %% ../../nbs/12_bench.quality.ipynb #ca0c1002
 _key = 'regime','norm','bs','lr','seed'

@@ -134,16 +134,23 @@ def _few_digits():
     digits = load_digits(n_class=3)
     return F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:,None]/16, scale_factor=3, mode='bilinear'),torch.tensor(digits.target)
 
+def _pick(g, low, high): return int(torch.randint(low, high, (), generator=g))
+
+def _crop(size, train, g):
+    "A crop of a photograph, `(3,*size)`, of the left two thirds or of the right third"
+    (h,w),photo = size,_photographs()[_pick(g, 0, 2)]
+    W = photo.shape[2]
+    left = _pick(g, *((0,W*2//3-w) if train else (W*2//3,W-w)))
+    top = _pick(g, 0, photo.shape[1]-h)
+    return photo[:,top:top+h,left:left+w].clone()
+
 def _scene(train, size, g):
     "A crop with three digits on it `(3,size,size)`, and the class of each pixel, 0 where there is none"
-    def pick(low, high): return int(torch.randint(low, high, (), generator=g))
-    photo,(ink,kinds) = _photographs()[pick(0, 2)],_few_digits()
-    W = photo.shape[2]
-    left,top = pick(*((0,W*2//3-size) if train else (W*2//3,W-size))),pick(0, photo.shape[1]-size)
-    x,y = photo[:,top:top+size,left:left+size].clone(),torch.zeros(size, size, dtype=torch.long)
+    x,y = _crop((size,size), train, g),torch.zeros(size, size, dtype=torch.long)
+    ink,kinds = _few_digits()
     for _ in range(3):
-        i = pick(*((0,400) if train else (400,len(ink))))
-        at = tuple(slice(o:=pick(0, size-24), o+24) for _ in range(2))
+        i = _pick(g, *((0,400) if train else (400,len(ink))))
+        at = tuple(slice(o:=_pick(g, 0, size-24), o+24) for _ in range(2))
         a = ink[i]*(.5+.5*torch.rand(1, generator=g))
         x[:,*at] = x[:,*at]*(1-a) + torch.rand(3,1,1, generator=g)*a
         y[at][ink[i,0]>.4] = kinds[i]+1
@@ -318,13 +325,12 @@ def kind_of_data(
 # %% ../../nbs/12_bench.tasks.ipynb #70f75c28
 def _put_digit(x, boxes, ink, g):
     "Put `ink` `(1,24,24)` on `x` where none of `boxes` is: its box `(4,)`, or `None`: no place"
-    def pick(low, high): return int(torch.randint(low, high, (), generator=g))
-    side = pick(20, 41)
+    side = _pick(g, 20, 41)
     a = F.interpolate(ink[None], size=(side,side), mode='bilinear')[0]
     on = (a[0]>.3).nonzero()
     (top,left),(bottom,right) = on.amin(0).tolist(),on.amax(0).tolist()
     for _ in range(20):
-        v,h = pick(0, x.shape[1]-side),pick(0, x.shape[2]-side)
+        v,h = _pick(g, 0, x.shape[1]-side),_pick(g, 0, x.shape[2]-side)
         box = torch.tensor([h+left, v+top, h+right+1., v+bottom+1.])
         if ((boxes[:,:2]<box[2:]) & (boxes[:,2:4]>box[:2])).all(1).any(): continue
         at = (slice(None),slice(v,v+side),slice(h,h+side))
@@ -334,8 +340,8 @@ def _put_digit(x, boxes, ink, g):
 def _boxed(photo, inks, kinds, g):
     "`photo` with one to three digits, and their boxes and classes `(3,5)`, 0 where there is none"
     x,boxes = photo.clone(),torch.zeros(3, 5)
-    for k in range(int(torch.randint(1, 4, (), generator=g))):
-        i = int(torch.randint(len(inks), (), generator=g))
+    for k in range(_pick(g, 1, 4)):
+        i = _pick(g, 0, len(inks))
         box = _put_digit(x, boxes[:k], inks[i], g)
         if box is not None: boxes[k] = torch.cat((box, kinds[i:i+1]+1.))
     return x,boxes
@@ -343,16 +349,11 @@ def _boxed(photo, inks, kinds, g):
 @lru_cache
 def _boxes(path, size, n, train):
     g = torch.Generator().manual_seed(n+train)
-    def pick(low, high): return int(torch.randint(low, high, (), generator=g))
-    def crop(photo):
-        v,h,W = pick(0, photo.shape[1]-size[0]),size[1],photo.shape[2]
-        left = pick(*((0,W*2//3-h) if train else (W*2//3,W-h)))
-        return photo[:,v:v+size[0],left:left+h]
     photos = None if path is None else _roads(path, size)[0 if train else 1][0]
     inks,kinds = [t[:400] if train else t[400:] for t in _few_digits()]
     def photo():
-        if photos is None: return crop(_photographs()[pick(0, 2)])
-        return photos[pick(0, len(photos))]
+        if photos is None: return _crop(size, train, g)
+        return photos[_pick(g, 0, len(photos))]
     return [torch.stack(t) for t in zip(*[_boxed(photo(), inks, kinds, g) for _ in range(n)])]
 
 class BoxLoss:
