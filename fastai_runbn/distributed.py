@@ -17,7 +17,7 @@ from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from fastcore.basics import patch
 from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
-from .moments import merge_moments,takes_tensors,trust,window_share,window_weight
+from .moments import merge_moments,takes_tensors,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
 from .formulas import changed as is_changed
 from .functional import OwnWindow,own_window
@@ -397,13 +397,9 @@ class LayerSync(WindowSync):
         "Gradients, with the reaction of what all ranks have summed"
         sums = how.sums(dy, x, weight, bias, saved, step)
         total,n = self.pool(layer, sums, x.numel()//x.shape[1])
-        paid = step.running_grad
-        if torch.is_tensor(paid) or paid: paid = (paid*trust(n)).to(sums.dtype)
-        G = react(total, n, saved, running, step._replace(running_grad=paid), scale)
+        G = react(total, n, saved, running, step, scale)
         dx = how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
         return dx,sums[1],sums[0]
-
-    def pooled(self, M): return math.inf # in full; the backward sees how many there are
 
     def pool(self, layer, sums, M):
         "The sums of all ranks, and over how many values of each channel"
@@ -474,9 +470,6 @@ def opened(self:StepSync):
 
 @patch
 def state(self:StepSync, layer): return self.opened()[layer]
-
-@patch
-def pooled(self:StepSync, M): return self.world*M
 
 @patch
 def forward(self:StepSync, layer, how, x, weight, bias, state, step):

@@ -203,7 +203,6 @@ class OwnWindow:
     def settle(self, drop=False): pass
     def detach(self): pass
     def state(self, layer): return layer.state()
-    def pooled(self, M): return M # values per channel that are trusted in together
     def forward(self, layer, how, x, weight, bias, state, step):
         return how.forward(x, weight, bias, state, step)
     def backward(self, layer, how, *args): return how.backward(*args)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
-from .moments import AdaptiveWindow,adapt,batch_moments,trust,window_share,window_weight
+from .moments import AdaptiveWindow,adapt,batch_moments,window_share,window_weight
 from .surgery import surgery_report
 
 # %% ../nbs/11_interpret.ipynb #59a1e2d1
@@ -111,22 +111,22 @@ class RunBNInterpretation:
 
 # %% ../nbs/11_interpret.ipynb #270fa9b8
 def _share(m, bs):
-    "Share of the next batch of `bs` samples in the window of `m`, and the values per channel that it would have by those before; nan: not known yet"
+    "Share of the next batch of `bs` samples in the window of `m`; nan: not known yet"
     n = m.window_count.median().item()
-    if n==0: return 1.,math.nan
+    if n==0: return 1.
     rows,samples,values = m.last_batch or (0,0,0)
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
-    if n<0 or bs is None: return math.nan,math.nan
+    if n<0 or bs is None: return math.nan
     if isinstance(m.window, AdaptiveWindow): # the median of what channels give it
         M,moments = values*bs/samples if samples else n,(m.window_mean,m.window_var)
         window = m.window_count,*moments
         a,_ = adapt(m.window_innovations, window, moments, bs, M, m.window.samples, m.eps)
-        return window_share(m.window_count, M, a)[1].median().item(),M
+        return window_share(m.window_count, M, a)[1].median().item()
     young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
     for _ in range(6):                # the weight is a function of M in turn
         a = window_weight(m.window, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
-    return float(a*M/((1-a)*n+a*M)),float(M)
+    return float(a*M/((1-a)*n+a*M))
 
 # %% ../nbs/11_interpret.ipynb #60dbd5f7
 @patch
@@ -136,13 +136,12 @@ def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
     rows = []
     for name,m in self.norms.items():
         m.refresh_window() # as the next training forward does, where a state was loaded
-        rho,M = _share(m, self.bs)
         mean,sigma = m.window_mean,m.window_var.sqrt()
         off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
         hits = self.recorder.floored.get(name) if self.recorder else None
         rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
             mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
-            rho=rho, running_grad=float(m.running_grad)*(1 if math.isnan(M) else trust(M)),
+            rho=_share(m, self.bs), running_grad=float(m.running_grad),
             floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
             off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
     return pd.DataFrame(rows).set_index('layer')

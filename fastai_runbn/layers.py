@@ -18,7 +18,7 @@ from torch.amp import GradScaler
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from .moments import AdaptiveWindow,at_most_1,auto_momentum,lesson10_weight
-from .moments import takes_tensors,trust,window_weight
+from .moments import takes_tensors,window_weight
 from .formulas import KeptState,KeptStep,State,Step,changed,seed
 from .functional import Call,LossScale,backends,choose,is_traced,own_window,running_norm
 
@@ -27,7 +27,7 @@ default_window = AdaptiveWindow()
 
 def runbn_settings(
     window=default_window, # Samples to normalise with in training, or weight by batch size and M
-    running_grad:float=1., # Share of the running gradient, in [0,1]; in full from 32 values M on
+    running_grad:float=1., # Share of the running gradient, in [0,1]
     momentum:float|None=auto_momentum, # As BatchNorm's, in [0,1], or `None`; auto: by `eval_window`
     eval_window:int|None=200, # Samples in the statistics for evaluation; `None`: the window's
     clamp=(0.01,)*20, # Least variance after 0, 1, 2, … samples; none from its end on
@@ -231,11 +231,10 @@ _rows_are_not_samples = ("{} got {} rows, `(N,C)` with C={}, which is taken for 
     "points. Where that is not so, say how many samples a batch has: `set_batch_size(model, n)`, or train "
     "with RunBNCallback, which knows.")
 
-def _step(samples, bs, M, pooled, window, running_grad, momentum, eval_window, eps, clamped,
-          inclusive, update, act):
-    "A `Step` of settings and sizes; `pooled`: values per channel of all processes together"
+def _step(samples, bs, M, window, running_grad, momentum, eval_window, eps, clamped, inclusive,
+          update, act):
+    "A `Step` of settings and sizes"
     average = None if eval_window is None else at_most_1(bs/eval_window)
-    if torch.is_tensor(running_grad) or running_grad: running_grad = running_grad*trust(pooled)
     longest = window.samples if isinstance(window, AdaptiveWindow) else None
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
         inclusive, update, act, longest=longest)
@@ -362,7 +361,7 @@ class RunningBatchNormMixin(WindowBuffers):
     def step(self, x, act=None)->Step:
         "The numbers of a call with `x`"
         window,bs,M = self.window,self._samples(x),x.numel()//x.shape[1]
-        sizes = bs,M,self.keeper.pooled(M)
+        sizes = bs,M
         if torch.compiler.is_compiling(): # numbers would be compiled in
             if takes_tensors(window):
                 sizes = [self.window_mean.new_full((), n) for n in sizes]

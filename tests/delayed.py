@@ -20,7 +20,7 @@ class _Fn(Function):
         if norm.running_grad:
             norm.grads.append((M,g1,g2))
             own['g1'],own['g2'] = own['g1']+rho*(g1-own['g1']),own['g2']+rho*(g2-own['g2'])
-        running_grad = norm.running_grad*min(1, norm.world*M/32)
+        running_grad = norm.running_grad
         G1,G2 = running_grad*own['g1']+(1-running_grad)*rho*g1,running_grad*clip*own['g2']+(1-running_grad*clip)*rho*g2
         dx = norm.col(weight*rstd,x)*(dy-norm.col(G1,x)-xhat*norm.col(G2,x))
         return dx,dweight,dbias,*[None]*8

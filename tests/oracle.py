@@ -76,7 +76,7 @@ class Oracle:
             # backward
             dw,db = (dy*xhat).sum(1),dy.sum(1)
             g = np.stack([db, dw*free])/M
-            G = rho*g+self.running_grad*min(1, M/32)*np.stack([np.ones_like(clip), clip])*(1-rho)*self.gbar
+            G = rho*g+self.running_grad*np.stack([np.ones_like(clip), clip])*(1-rho)*self.gbar
             if self.running_grad and not self.held: self.gbar = self.gbar+rho*(np.where(np.isfinite(g), g, self.gbar)-self.gbar)
             if self.held: self.S,self.Q,self.n = before
             dx = (w*rstd)[:,None]*(dy-G[0][:,None]-xhat*(G[1]*free)[:,None])

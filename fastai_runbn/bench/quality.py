@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['variants', 'contenders', 'regimes', 'Regime', 'LabelDice', 'RoadIoU', 'BoxMAP', 'make_learner', 'trial',
-           'load_quality', 'due', 'bench_quality', 'score_table', 'rate_table', 'plot_sizes', 'plot_rates',
-           'plot_curves', 'plot_gap']
+           'load_quality', 'due', 'bench_quality', 'score_table', 'rate_table', 'means_table', 'plot_sizes',
+           'plot_rates', 'plot_curves', 'plot_gap']
 
 # %% ../../nbs/12_bench.quality.ipynb #d012dc63
 import itertools,json,math,re,signal,sys,time
@@ -548,6 +548,17 @@ def rate_table(
     df = df[(df.regime==regime) & (df.bs==(bs or regimes[regime].sizes[0]))]
     table = df.assign(value=pd.to_numeric(df[value])).pivot_table(index='norm', columns='lr', values='value')
     return table.reindex([n for n in contenders if n in table.index]).rename_axis(index=regime)
+
+def means_table(
+    df:pd.DataFrame, # Rows of `trial`
+    names, # Of `regimes`
+    columns:dict, # Norm and batch size of each column by its name; no size: the regime's first
+)->pd.DataFrame: # A row a regime, a column each of `columns`; NaN: not run, or it cannot train
+    "Mean scores over seeds, each norm at its best learning rate, norms side by side"
+    def mean(regime, norm, bs):
+        rows = _at(df, regime, norm, bs or regimes[regime].sizes[0])
+        return _at_best(rows).score.astype(float).mean() if rows.score.notna().any() else math.nan
+    return pd.DataFrame({k:{r:mean(r, *c) for r in names} for k,c in columns.items()})
 
 # %% ../../nbs/12_bench.quality.ipynb #cee451fa
 _looks = { # chkstyle: ignore-node, a table
