@@ -15,7 +15,6 @@ from torch.autograd import Variable
 from torch.distributed.algorithms.join import Joinable,JoinHook
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.utils._pytree import tree_leaves
-from fastcore.basics import patch
 from .moments import AdaptiveWindow,AutoMomentum,adapt,auto_momentum,average_share,head_start
 from .moments import merge_moments,takes_tensors,window_share,window_weight
 from .formulas import Saved,State,floor_of,react,to_save
@@ -24,14 +23,8 @@ from .functional import OwnWindow,own_window
 from .layers import RunningBatchNormMixin
 
 # %% ../nbs/09_distributed.ipynb #6f7a23d6
-_flat_names = ('window_mean','window_var','window_count','running_mean','running_var',
-    'eval_steps') # `(C,)` each
-_row_names = 'window_grad','window_innovations' # several rows
-_channels = len(_flat_names)+len(_row_names) # items of `_Flat` that are per channel
-_number_names = 'num_batches_tracked','samples_seen','skipped_batches' # one value each
-
-class _Flat(NamedTuple):
-    "The state of L layers with C channels together: float64; whole numbers of layers at the end"
+class _ModelState(NamedTuple):
+    "The state of L norms with C channels in all: `(C,)` or `(rows,C)` in float64, the last three `(L,)`"
     mean:Tensor
     var:Tensor
     count:Tensor
@@ -44,208 +37,301 @@ class _Flat(NamedTuple):
     seen:Tensor
     skipped:Tensor
 
-# %% ../nbs/09_distributed.ipynb #38c59f00
-class _Rule(NamedTuple):
+_buffers = dict(mean='window_mean', var='window_var', count='window_count', # where a layer has them
+    avg_mean='running_mean', avg_var='running_var', steps='eval_steps', grad='window_grad',
+    innovations='window_innovations', batches='num_batches_tracked', seen='samples_seen',
+    skipped='skipped_batches')
+_numbers = 'batches','seen','skipped' # Fields with one number a layer
+
+class _Settings(NamedTuple):
     "Settings of a layer that say what a batch weighs"
     window:object
     eval_window:int|None
     momentum:float|None
 
-class _Pack:
-    "The state of some layers as flat tensors, and back"
-    def __init__(self, layers):
-        self.layers,self.sizes,self.index = layers,[l.num_features for l in layers],None
-        self.L,self.C = len(layers),sum(self.sizes)
-
-    def expand(self, t):
-        "One value a layer, `(*,L)`, as one a channel, `(*,C)`"
-        if self.index is None or self.index.device!=t.device:
-            index = torch.repeat_interleave(torch.arange(self.L), torch.tensor(self.sizes))
-            self.index = index.to(t.device)
-        return t.index_select(-1, self.index)
-
-    def read(self):
-        "A copy of all state"
-        def flat(name, dim=0): return torch.cat([l._buffers[name] for l in self.layers], dim).double()
-        def numbers(name): return torch.stack([l._buffers[name].view(()) for l in self.layers])
-        return _Flat(*map(flat, _flat_names), *[flat(n, 1) for n in _row_names],
-            *map(numbers, _number_names))
-
-    def write(self, new):
-        "Put `new` into the layers"
-        bufs,values = [],[]
-        for name,t in zip((*_flat_names,*_row_names), new):
-            bufs += (mine := [l._buffers[name] for l in self.layers])
-            if len({b.dtype for b in mine})==1: t = t.to(mine[0].dtype) # all at once
-            values += t.split(self.sizes, -1)
-        for name,t in zip(_number_names, new[-3:]):
-            bufs += [l._buffers[name].view(()) for l in self.layers]
-            values += t.unbind()
-        torch._foreach_copy_(bufs, values)
-        known = [b for l in self.layers for b in (l.known_mean,l.known_var)]
-        torch._foreach_copy_(known, [b for l in self.layers for b in (l.running_mean,l.running_var)])
-
-# %% ../nbs/09_distributed.ipynb #c777b552
-@patch
-def wire(self:_Pack, device, rows=6):
-    "Zeros to sum in: `rows` of all channels and 3 of all layers, as they are sent, and as parts"
-    flat = torch.zeros(rows*self.C+3*self.L, dtype=torch.float64, device=device)
-    return flat,flat[:rows*self.C].view(rows, self.C),flat[rows*self.C:].view(3, self.L)
-
-def _number(value, like):
+def _scalar(value, like):
     "`value` as a scalar tensor, made once"
-    if value is None or torch.is_tensor(value): return value
-    return _full(float(value), like.dtype, like.device)
+    return value if torch.is_tensor(value) else _full(float(value), like.dtype, like.device)
 
 @lru_cache(maxsize=1024)
 def _full(value, dtype, device):
     with torch.inference_mode(False): return torch.full((), value, dtype=dtype, device=device)
 
+# %% ../nbs/09_distributed.ipynb #38c59f00
+class _Norms:
+    "Running norms whose state is read, and written, as one tensor a field"
+    def __init__(self, modules):
+        self.modules,self.sizes = modules,[m.num_features for m in modules]
+        self.L,self.C = len(modules),sum(self.sizes)
+        self.index = torch.repeat_interleave(torch.arange(self.L), torch.tensor(self.sizes))
+
+    def expand(self, t):
+        "One value a layer, `(*,L)`, as one a channel, `(*,C)`"
+        self.index = self.index.to(t.device)
+        return t.index_select(-1, self.index)
+
+    def numbers(self, values, like):
+        "One number a layer as a tensor `(L,)`"
+        return torch.stack([_scalar(v, like) for v in values])
+
+    def flags(self, values, like):
+        "One truth a layer as one a channel, `(C,)`"
+        return self.expand(self.numbers(values, like))>0
+
+    def settings(self):
+        "What batches weigh by now: a schedule may change it while a collective is on its way"
+        def now(w): return w.detach().clone() if torch.is_tensor(w) else w
+        windows = {id(m.window):now(m.window) for m in self.modules} # those that are shared stay so
+        return [_Settings(windows[id(m.window)], m.eval_window, m.momentum) for m in self.modules]
+
+    def buffers(self, field):
+        "The buffers of a field of `_ModelState`, one a layer"
+        found = [m._buffers[_buffers[field]] for m in self.modules]
+        if field in _numbers: found = [b.view(()) for b in found]
+        return found
+
+    def read(self)->_ModelState:
+        "A copy of all state"
+        def together(field):
+            found = self.buffers(field)
+            if field in _numbers: return torch.stack(found)
+            return torch.cat(found, -1).double()
+        return _ModelState(*map(together, _ModelState._fields))
+
+    def split(self, field, t):
+        "The part of each layer in a field `t` of `_ModelState`"
+        return t.unbind() if field in _numbers else t.split(self.sizes, -1)
+
+    def write(self, state):
+        "Put `state` into the layers"
+        old,new = [],[]
+        for field,t in state._asdict().items():
+            found = self.buffers(field)
+            if len({b.dtype for b in found})==1: t = t.to(found[0].dtype) # all at once
+            old += found
+            new += self.split(field, t)
+        torch._foreach_copy_(old, new)
+        known = [b for m in self.modules for b in (m.known_mean,m.known_var)]
+        written = [b for m in self.modules for b in (m.running_mean,m.running_var)]
+        torch._foreach_copy_(known, written)
+
+    def unless_changed(self, new):
+        "`new`, but what follows from statistics that others have written meanwhile, where they have"
+        changed = [is_changed(m.state()) for m in self.modules]
+        channels,layers = torch.cat(changed),torch.stack([c.any() for c in changed])
+        if channels.is_cpu and not channels.any(): return new
+        for m,c in zip(self.modules, changed): m.seed_window(c)
+        def either(field, now, new):
+            where = layers if field in _numbers else channels
+            return torch.where(where, now, new)
+        return _ModelState(*map(either, _ModelState._fields, self.read(), new))
+
+# %% ../nbs/09_distributed.ipynb #c777b552
+class _Batch(NamedTuple):
+    "A batch that one layer has merged into its window"
+    layer:int        # Its number
+    mean:Tensor      # Of the batch, `(C_i,)`, as the next
+    var:Tensor       # Biased
+    values:int       # Per channel, $M$
+    samples:int
+
+class _Reaction(NamedTuple):
+    "What one backward of a layer has asked for"
+    layer:int         # Its number
+    sums:Tensor       # $Mg_1$ and $Mg_2$, `(2,C_i)`
+    values:int|Tensor # Per channel, $M$; 0 in a later backward of the same forward
+
 def _rounds(notes):
-    "Notes, the number of a layer first, as dicts in each of which a layer is once at most"
+    "Notes by their layer's number, in dicts in each of which a layer has one at most"
     rounds = []
-    for i,*note in notes:
-        free = next((r for r in rounds if i not in r), None)
+    for note in notes:
+        free = next((r for r in rounds if note.layer not in r), None)
         if free is None: rounds.append(free := {})
-        free[i] = note
+        free[note.layer] = note
     return rounds
 
-@patch
-def flat(self:_Pack, got, k, like):
-    "Item `k` of the notes `got` of each layer, one after the other; zeros for a layer that has none"
-    parts = [got[i][k] if i in got else like.new_zeros(n) for i,n in enumerate(self.sizes)]
-    return torch.cat(parts, -1).double()
-
-@patch
-def numbers(self:_Pack, got, k, like):
-    "Item `k`, a number of each layer, as a tensor `(L,)` that is made once"
-    return torch.stack([_number(got[i][k] if i in got else 0, like) for i in range(self.L)])
-
 # %% ../nbs/09_distributed.ipynb #c89e63a6
-@patch
-def add_moments(self:_Pack, sums, head, notes, mean):
-    "Add batches, `(layer, mean, variance, M, samples)` each, to rows $M$, $Md$, $M(v+d^2)$ of `sums`"
-    for got in _rounds(notes):
-        m,v = self.flat(got, 0, mean),self.flat(got, 1, mean)
-        M,bs = self.numbers(got, 2, mean),self.numbers(got, 3, mean)
-        d,n = m-mean,self.expand(M)
-        q = torch.addcmul(v, d, d)
-        sums.add_(torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)) # not what is not finite
-        head.add_(torch.stack((M, bs, M>0)))
+class _Sums:
+    "What the ranks sum: one tensor `flat` to send, with names for its parts"
+    def __init__(self, norms, device, moments=True, gradients=True):
+        self.norms,C,L = norms,norms.C,norms.L
+        self.flat = torch.zeros(3*((moments+gradients)*C+L), dtype=torch.float64, device=device)
+        parts = self.flat.split([3*C*moments, 3*C*gradients, 3*L])
+        self.moments = parts[0].view(-1, C)   # $M$, $Md$ and $M(v+d^2)$ of each channel
+        self.gradients = parts[1].view(-1, C) # $M$, $Mg_1$ and $Mg_2$ of each channel
+        self.counts = parts[2].view(3, L)     # Values per channel, samples and batches of each layer
 
-@patch
-def add_gradients(self:_Pack, sums, notes, like):
-    "Add sums, `(layer, sums of dy and of dy times x, M)` each, to the rows $M$, $Mg_1$, $Mg_2$ of `sums`"
-    for got in _rounds(notes):
-        parts = [got[i][0] if i in got else like.new_zeros(2,n) for i,n in enumerate(self.sizes)]
-        g,M = torch.cat(parts, 1).double(),self.expand(self.numbers(got, 1, like))
-        sums.add_(torch.where((g.abs()<math.inf).all(0), torch.cat((M[None], g)), 0))
+    def channels(self, notes, field, like, *rows):
+        "A field of `notes` (by layer) side by side, `(*rows,C)`; zeros for a layer without"
+        def part(i, n): return getattr(notes[i], field) if i in notes else like.new_zeros(*rows, n)
+        return torch.cat([part(i, n) for i,n in enumerate(self.norms.sizes)], -1).double()
+
+    def layers(self, notes, field, like):
+        "A number of `notes` (by layer) as a tensor `(L,)`"
+        return self.norms.numbers((getattr(notes.get(i), field, 0) for i in range(self.norms.L)), like)
+
+    def add_batches(self, batches, mean):
+        "Add moments of each `_Batch`, about the shared window's `mean` `(C,)`"
+        for notes in _rounds(batches):
+            m,v = (self.channels(notes, o, mean) for o in ('mean','var'))
+            M,bs = (self.layers(notes, o, mean) for o in ('values','samples'))
+            d,n = m-mean,self.norms.expand(M)
+            q = torch.addcmul(v, d, d)
+            finite = torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)
+            self.moments.add_(finite)
+            self.counts.add_(torch.stack((M, bs, M>0)))
+
+    def add_reactions(self, reactions, like):
+        "Add the sums of each `_Reaction`"
+        for notes in _rounds(reactions):
+            g = self.channels(notes, 'sums', like, 2)
+            n = self.norms.expand(self.layers(notes, 'values', like))
+            finite = (g.abs()<math.inf).all(0)
+            self.gradients.add_(torch.where(finite, torch.cat((n[None], g)), 0))
 
 # %% ../nbs/09_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by a `window` setting; a user's function looks at values"
-    if not takes_tensors(rule):
-        sizes = zip(bs.tolist(), M.tolist())
-        return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
-    return window_weight(rule, bs, M)
+    if takes_tensors(rule): return window_weight(rule, bs, M)
+    sizes = zip(bs.tolist(), M.tolist())
+    return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
 
-@patch
-def rules(self:_Pack):
-    "The layers' window, length of the average and momentum, as they are now"
-    windows = [l.window for l in self.layers if torch.is_tensor(l.window)] # of a schedule, that goes on
-    kept = {id(w):w.detach().clone() for w in windows}
-    return [_Rule(kept.get(id(l.window), l.window), l.eval_window, l.momentum) for l in self.layers]
-
-@patch
-def weights(self:_Pack, rules, bs, M):
-    "Weights of a pooled batch in window and average, `(C,)`, and where the average is the window"
-    windows = [r.window for r in rules]
+def _weights(norms, settings, bs, M):
+    "Weight of a pooled batch of `bs` samples, `M` values per channel, `(C,)`"
+    windows = [s.window for s in settings]
     first = windows[0]
-    def same(w): return w is first or not torch.is_tensor(w) and not torch.is_tensor(first) and w==first
-    if all(map(same, windows)): a = _pooled_weight(first, bs, M)
-    else:
-        each = zip(windows, bs.split(1), M.split(1))
-        a = torch.cat([_pooled_weight(w, b, m) for w,b,m in each])
-    lengths = [math.inf if r.eval_window is None else r.eval_window for r in rules]
-    length = torch.stack([_number(n, bs) for n in lengths])
-    a,a_e = self.expand(torch.stack((a, (bs/length).clamp(max=1))))
-    alike = [r.eval_window is None for r in rules]
-    return a,a_e,self.flags(alike, bs) if any(alike) else None
-
-@patch
-def flags(self:_Pack, values, like):
-    "Booleans of each layer as one of each channel"
-    return self.expand(torch.stack([_number(o, like) for o in values]))>0
-
-@patch
-def fixed_shares(self:_Pack, rules, share, old):
-    "`share` of the average, but that of BatchNorm's `momentum` where it was set; and where it was"
-    set_ = [not isinstance(r.momentum, AutoMomentum) for r in rules]
-    if not any(set_): return share,None
-    momentum = self.expand(torch.stack([_number(r.momentum or 0., share) for r in rules]))
-    batches = self.expand(old.batches.to(share.dtype))+1
-    cumulative = 1/torch.minimum(old.steps+(1-head_start), batches)
-    unset = self.flags([r.momentum is None for r in rules], share)
-    momentum = torch.where(unset, cumulative, momentum)
-    where = self.flags(set_, share)
-    return torch.where(where, momentum, share),where
+    def like_first(w):
+        plain = not torch.is_tensor(w) and not torch.is_tensor(first)
+        return w is first or plain and w==first
+    if all(map(like_first, windows)): return norms.expand(_pooled_weight(first, bs, M))
+    each = zip(windows, bs.split(1), M.split(1))
+    return norms.expand(torch.cat([_pooled_weight(*o) for o in each]))
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
-@patch
-def adapted(self:_Pack, a, rules, old, m, v, bs, M):
-    "Weights `a`, but those of adaptive windows where there are some; and what is known of these"
-    lengths = [r.window.samples if isinstance(r.window, AdaptiveWindow) else 0 for r in rules]
+class _Pooled(NamedTuple):
+    "The batches of all ranks as one"
+    mean:Tensor    # `(C,)`, as the next two
+    var:Tensor     # Biased
+    n:Tensor       # Values of each channel that are finite
+    values:Tensor  # Per channel, `(L,)`, as the next two
+    samples:Tensor
+    batches:Tensor
+
+class _Merged(NamedTuple):
+    "What a merge leaves"
+    state:_ModelState
+    batch:_Pooled
+    share:Tensor # Of the batch in the window, 0 in channels that it stays out of, `(C,)`
+
+def _pooled(sums, mean):
+    "The batch that `sums` about `mean` are of"
+    n,by_d,by_square = sums.moments
+    d = by_d/n.clamp(min=1)
+    v = (by_square/n.clamp(min=1)-d*d).clamp(min=0)
+    return _Pooled(mean+d, v, n, *sums.counts)
+
+def _adapted(norms, settings, a, old, batch):
+    "The weights `a`, but of adaptive windows what they found, and what is known of these now"
+    lengths = [s.window.samples if isinstance(s.window, AdaptiveWindow) else 0 for s in settings]
     if not any(lengths): return a,old.innovations
-    longest = torch.stack([_number(n, a) for n in lengths])
-    longest,bs,M = self.expand(torch.stack((longest, bs, M)))
-    eps = self.expand(torch.stack([_number(l.eps, a) for l in self.layers]))
-    window = old.count,old.mean,old.var
-    found,new = adapt(old.innovations, window, (m,v), bs, M.clamp(min=1), longest, eps)
+    eps = norms.numbers((m.eps for m in norms.modules), a)
+    numbers = norms.numbers(lengths, a),batch.samples,batch.values.clamp(min=1),eps
+    longest,bs,M,eps = norms.expand(torch.stack(numbers))
+    window,moments = (old.count,old.mean,old.var),(batch.mean,batch.var)
+    found,new = adapt(old.innovations, window, moments, bs, M, longest, eps)
     return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
 
-@patch
-def merge(self:_Pack, old, sums, head, rules):
-    "Merge pooled `sums` (of `add_moments`): new state, mean, variance, and share, 0 if it stays out"
-    n,s1,s2 = sums
-    M,bs,calls = head
-    d = s1/n.clamp(min=1)
-    m,v = old.mean+d,(s2/n.clamp(min=1)-d*d).clamp(min=0)
-    a,a_e,alike = self.weights(rules, bs, M)
-    a,innovations = self.adapted(a, rules, old, m, v, bs, M)
-    count,rho = window_share(old.count, n, a)
-    mean,var = merge_moments(old.mean, old.var, m, v, rho)
-    steps = old.steps+1
-    share,fixed = self.fixed_shares(rules, average_share(steps-head_start, a_e, rho), old)
-    avg = merge_moments(old.avg_mean, old.avg_var, m, v, share)
-    if fixed is not None: # BatchNorm's: unbiased, and without the spread between batches
-        unbiased = torch.lerp(old.avg_var, v*n/(n-1).clamp(min=1), share)
-        avg = avg[0],torch.where(fixed, unbiased, avg[1])
-    if alike is not None:
-        where = alike if fixed is None else alike&~fixed
-        avg = torch.where(where, torch.stack((mean,var)), torch.stack(avg))
-    ok = (n>0) & (var<math.inf)
-    new = torch.where(ok, torch.stack((mean,var,count,*avg,steps)), torch.stack(old[:6]))
-    left_out = self.expand(M)>n*ok
-    skipped = torch.zeros_like(M).index_add_(0, self.index, left_out.to(M.dtype))>0
-    counters = old.batches+(calls>0),old.seen+bs.long(),old.skipped+skipped
-    new = _Flat(*new, old.grad, innovations, *counters)
-    return new,m,v,torch.where(ok, rho, 0)
+def _average(norms, settings, old, batch, window, share):
+    "Mean and variance for evaluation, as `settings` have them: with the batch, or the window's"
+    bs = batch.samples
+    lengths = [math.inf if s.eval_window is None else s.eval_window for s in settings]
+    a = norms.expand((bs/norms.numbers(lengths, bs)).clamp(max=1))
+    steps = old.steps+1-head_start
+    share = average_share(steps, a, share)
+    by_momentum = [type(s.momentum) is not AutoMomentum for s in settings]
+    by_momentum = norms.flags(by_momentum, bs) if any(by_momentum) else None
+    if by_momentum is not None:
+        batches = norms.expand(old.batches.to(share.dtype))+1
+        momentum = norms.expand(norms.numbers((s.momentum or 0. for s in settings), share))
+        cumulative = norms.flags([s.momentum is None for s in settings], share)
+        momentum = torch.where(cumulative, 1/torch.minimum(steps, batches), momentum)
+        share = torch.where(by_momentum, momentum, share)
+    mean,var = merge_moments(old.avg_mean, old.avg_var, batch.mean, batch.var, share)
+    as_window = [s.eval_window is None for s in settings]
+    as_window = norms.flags(as_window, bs) if any(as_window) else None
+    if by_momentum is not None: # BatchNorm's: unbiased, and without the spread between batches
+        unbiased = batch.var*batch.n/(batch.n-1).clamp(min=1)
+        var = torch.where(by_momentum, torch.lerp(old.avg_var, unbiased, share), var)
+        if as_window is not None: as_window = as_window&~by_momentum
+    if as_window is None: return mean,var
+    return [torch.where(as_window, *o) for o in zip(window, (mean,var))]
 
-@patch
-def unless_changed(self:_Pack, new):
-    "`new`, but what follows from statistics that others have written meanwhile, where they have"
-    changed = [is_changed(l.state()) for l in self.layers]
-    where,anywhere = torch.cat(changed),torch.stack([c.any() for c in changed])
-    if where.is_cpu and not where.any(): return new
-    for l,c in zip(self.layers, changed): l.seed_window(c)
-    now = self.read()
-    per_channel = [torch.where(where, a, b) for a,b in zip(now[:_channels], new[:_channels])]
-    per_layer = [torch.where(anywhere, a, b) for a,b in zip(now[_channels:], new[_channels:])]
-    return _Flat(*per_channel, *per_layer)
+def _merge(norms, settings, old, sums):
+    "Merge pooled `sums` into the state `old`; a channel without a finite value stays as it was"
+    batch = _pooled(sums, old.mean)
+    a = _weights(norms, settings, batch.samples, batch.values)
+    a,innovations = _adapted(norms, settings, a, old, batch)
+    count,share = window_share(old.count, batch.n, a)
+    mean,var = merge_moments(old.mean, old.var, batch.mean, batch.var, share)
+    averages = _average(norms, settings, old, batch, (mean,var), share)
+    ok = (batch.n>0) & (var<math.inf)
+    new = torch.stack((mean, var, count, *averages, old.steps+1))
+    new = torch.where(ok, new, torch.stack(old[:len(new)]))
+    left_out = (norms.expand(batch.values)>batch.n*ok).to(a.dtype)
+    skipped = torch.zeros_like(batch.values).index_add_(0, norms.index, left_out)>0
+    state = _ModelState(*new, grad=old.grad, innovations=innovations,
+        batches=old.batches+(batch.batches>0), seen=old.seen+batch.samples.long(),
+        skipped=old.skipped+skipped)
+    return _Merged(state, batch, torch.where(ok, share, 0))
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb
+class _Fingerprint(NamedTuple):
+    "What has to be the same on all ranks"
+    fault:str  # What is wrong on this one, or ''
+    mode:str
+    norms:dict # Channels and settings of each layer by its name
+
+def _printable(o):
+    plain = isinstance(o, (int,float,str,tuple,type(None),AdaptiveWindow))
+    return repr(o) if plain else type(o).__name__
+
+def _fingerprint(mode, names, modules):
+    "Of the running norms `modules`, whose names in the model are `names`"
+    devices = sorted({str(m.window_mean.device) for m in modules})
+    fault = ''
+    if len(devices)>1:
+        fault = (f"the running norms are on {len(devices)} devices ({', '.join(devices)}), "
+            'and on one they have to be')
+    def settings(m): return {k:_printable(v) for k,v in m.settings().items() if k!='backend'}
+    norms = {n:(m.num_features,settings(m)) for n,m in zip(names, modules)}
+    return _Fingerprint(fault, mode, norms)
+
+def _difference(first, other, rank):
+    "What differs between the fingerprints of rank 0, `first`, and of `rank`, or ''"
+    for who,print_ in ((0,first),(rank,other)):
+        if print_.fault: return f'on rank {who} {print_.fault}'
+    if first.mode!=other.mode:
+        return f'rank 0 asks for {first.mode!r}, rank {rank} for {other.mode!r}'
+    a,b = first.norms,other.norms
+    for has,lacks,who in ((a,b,rank),(b,a,0)):
+        lost = [n for n in has if n not in lacks]
+        more = f' and {len(lost)-1} more' if lost[1:] else ''
+        if lost: return (f'rank 0 has {len(a)} running norms, rank {rank} has {len(b)}: '
+            f'{lost[0]!r}{more} is missing on rank {who}')
+    for name,(channels,settings) in a.items():
+        channels2,settings2 = b[name]
+        if channels!=channels2:
+            return f'{name!r} has {channels} channels on rank 0 and {channels2} on rank {rank}'
+        for k,v in settings.items():
+            if v!=settings2[k]:
+                return f'{name!r} has {k}={v} on rank 0 and {settings2[k]} on rank {rank}'
+    if [*a]==[*b]: return ''
+    return f'the running norms of rank 0 and rank {rank} come in another order'
+
+# %% ../nbs/09_distributed.ipynb #e9c5bd73
 class WindowSync(OwnWindow, Joinable):
     "Keeps the windows of a model equal on all ranks of a process group; made by `sync_window`"
+    mode = None # In `sync_modes`
     def __init__(self,
         model:nn.Module, # With running norms, without DistributedDataParallel around it
         group=None, # Process group; default: all ranks
@@ -254,108 +340,74 @@ class WindowSync(OwnWindow, Joinable):
         found = {}
         for name,m in model.named_modules():
             if isinstance(m, RunningBatchNormMixin): found.setdefault(m, name)
-        self.names,self.pack = list(found.values()),_Pack(list(found))
-        self.model,self.hold,self.handle = model,False,None
+        self.model,self.names,self.norms = model,[*found.values()],_Norms([*found])
+        self.number = {m:i for i,m in enumerate(found)}
+        self.hold = False # Is there more to come before the step is over? Set by the loop
+        self.hook = None  # On the model
         self.group = group or dist.group.WORLD
         self.rank,self.world = dist.get_rank(self.group),dist.get_world_size(self.group)
-        self.number = {l:i for i,l in enumerate(found)}
 
-    def __reduce__(self): return own_window.__class__,() # a copy of a model is not in the group
-    @property
-    def device(self): return self.pack.layers[0].window_mean.device
+    def __reduce__(self): return OwnWindow,() # a copy of a model is not in the group
     def __repr__(self):
-        size = f'{len(self.names)} norms, {self.pack.C} channels'
+        size = f'{len(self.names)} norms, {self.norms.C} channels'
         return f'{type(self).__name__}({size}, rank {self.rank} of {self.world})'
+    @property
+    def device(self): return self.norms.modules[0].window_mean.device
     @property
     def join_device(self): return self.device
     @property
     def join_process_group(self): return self.group
 
-# %% ../nbs/09_distributed.ipynb #19b87b29
-@patch
-def fingerprint(self:WindowSync):
-    "What has to be the same on all ranks, as a dict; what is wrong here, under ''"
-    def plain(o):
-        kept = isinstance(o, (int,float,str,tuple,type(None),AdaptiveWindow))
-        return o if kept else type(o).__name__
-    def settings(l): return {k:repr(plain(v)) for k,v in l.settings().items() if k!='backend'}
-    devices = {str(l.window_mean.device) for l in self.pack.layers}
-    wrong = ''
-    if len(devices)>1:
-        wrong = (f"the running norms are on {len(devices)} devices ({', '.join(sorted(devices))}), "
-            'and on one they have to be')
-    return {'':wrong, 'mode':self.mode, **{n:(l.num_features,settings(l)) for n,l in zip(self.names, self.pack.layers)}}
+    def attach(self):
+        "Begin: check, share, and take over the layers"
+        self.check()
+        self.share()
+        self._run = torch.compiler.disable(self._run)
+        for m in self.norms.modules: m.keeper = self
+        return self
 
-def _difference(a, b, rank):
-    "What differs between the fingerprint `a` of rank 0 and `b` of `rank`, or ''"
-    if wrong := a[''] or b['']: return f"on rank {0 if a[''] else rank} {wrong}"
-    if a['mode']!=b['mode']: return f"rank 0 asks for {a['mode']!r}, rank {rank} for {b['mode']!r}"
-    for x,y,who in ((a,b,rank),(b,a,0)):
-        if lost := [n for n in x if n not in y]:
-            return f"rank 0 has {len(a)-2} running norms, rank {rank} has {len(b)-2}: {lost[0]!r}{f' and {len(lost)-1} more' if lost[1:] else ''} is missing on rank {who}"
-    for n in a:
-        if a[n]==b[n]: continue
-        (c,s),(d,t) = a[n],b[n]
-        return f"{n!r} has " + (f"{c} channels on rank 0 and {d} on rank {rank}" if c!=d else next(f"{k}={s[k]} on rank 0 and {t[k]} on rank {rank}" for k in s if s[k]!=t[k]))
-    return '' if list(a)==list(b) else f"the running norms of rank 0 and rank {rank} come in another order"
+    def check(self):
+        "Raise on all ranks if their running norms differ"
+        own = _fingerprint(self.mode, self.names, self.norms.modules)
+        prints = [None]*self.world
+        dist.all_gather_object(prints, own, group=self.group)
+        for rank,other in enumerate(prints):
+            if what := _difference(prints[0], other, rank): raise RuntimeError(f"sync_window: {what}. "
+                "All ranks need the same model, converted with the same settings.")
 
-@patch
-def check(self:WindowSync):
-    "Raise on all ranks if their running norms differ"
-    own,all_own = self.fingerprint(),[None]*self.world
-    dist.all_gather_object(all_own, own, group=self.group)
-    for rank,other in enumerate(all_own):
-        if what := _difference(all_own[0], other, rank): raise RuntimeError(f"sync_window: {what}. All ranks need the same model, converted with the same settings.")
+    @torch.no_grad()
+    def share(self):
+        "Give all ranks the windows of the first"
+        state = self.norms.read()
+        flat = torch.cat([t.double().flatten() for t in state])
+        dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group)
+        parts = flat.split([t.numel() for t in state])
+        self.norms.write(_ModelState(*[p.view_as(t).to(t.dtype) for p,t in zip(parts, state)]))
 
-# %% ../nbs/09_distributed.ipynb #e9c5bd73
-@patch
-@torch.no_grad()
-def share(self:WindowSync):
-    "Give all ranks the windows of the first"
-    state = self.pack.read()
-    wire = torch.cat([t.double().flatten() for t in state])
-    dist.broadcast(wire, dist.get_global_rank(self.group, 0), group=self.group)
-    parts = wire.split([t.numel() for t in state])
-    self.pack.write(_Flat(*[p.view_as(t).to(t.dtype) for p,t in zip(parts, state)]))
+    def current(self, model):
+        "Are these still the norms of `model`, and the group that there is?"
+        if not dist.is_initialized() or self.group is not dist.group.WORLD: return False
+        return self.norms.modules==[m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
 
-@patch
-def current(self:WindowSync, model):
-    "Are these still the norms of `model`, and the group that there is?"
-    return dist.is_initialized() and self.group is dist.group.WORLD and self.pack.layers==[m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
+    def __call__(self, layer, x, act=None): return self._run(layer, x, act)
+    def _run(self, layer, x, act=None):
+        if not dist.is_initialized(): # the processes have parted
+            self.detach()
+            return layer.normalized(x, act)
+        self.settle()
+        return layer.own_forward(x, act)
 
-@patch
-def attach(self:WindowSync):
-    "Begin: check, share, and take over the layers"
-    self.check()
-    self.share()
-    self._run = torch.compiler.disable(self._run)
-    for l in self.pack.layers: l.keeper = self
-    return self
+    def check_join(self):
+        "Raise if DistributedDataParallel joins uneven inputs, and this is not told"
+        ddp = DistributedDataParallel._active_ddp_module
+        if ddp is not None and ddp._join_config.enable and not self._join_config.enable:
+            raise RuntimeError(_no_join)
 
-@patch
-def detach(self:WindowSync):
-    "End: merge what is on its way, and leave each layer a window of its own"
-    self.settle(drop=True)
-    for l in self.pack.layers: vars(l).pop('keeper', None)
-    if self.handle is not None: self.handle.remove()
-
-@patch
-def _run(self:WindowSync, layer, x, act=None):
-    if not dist.is_initialized(): # the processes have parted
-        self.detach()
-        return layer.normalized(x, act)
-    self.settle()
-    return layer.own_forward(x, act)
-
-@patch
-def __call__(self:WindowSync, layer, x, act=None): return self._run(layer, x, act)
-
-@patch
-def check_join(self:WindowSync):
-    "Raise if DistributedDataParallel joins uneven inputs, and this is not told"
-    ddp = DistributedDataParallel._active_ddp_module
-    if ddp is not None and ddp._join_config.enable and not self._join_config.enable:
-        raise RuntimeError(_no_join)
+    def detach(self):
+        "End: merge what is on its way, and leave each layer a window of its own"
+        self.settle(drop=True)
+        for m in self.norms.modules: vars(m).pop('keeper', None)
+        if self.hook is not None: self.hook.remove()
 
 _no_join = ("join of uneven inputs: the running norms have a collective of their own, which a rank that "
     "has run out has to join, too. Put `with Join([net, sync]):` (of torch.distributed.algorithms.join) "
@@ -370,45 +422,38 @@ class LayerSync(WindowSync):
     mode,takes_empty = 'layer',True
     def __init__(self, model, group=None):
         super().__init__(model, group)
-        self.packs = {l:_Pack([l]) for l in self.pack.layers}
+        self.alone = {m:_Norms([m]) for m in self.norms.modules} # each layer by itself
     def settle(self, drop=False): pass
     def join_hook(self, **kwargs): raise RuntimeError(_no_layer_join)
 
+    @torch.no_grad()
     def forward(self, layer, how, x, weight, bias, state, step):
         "Normalise with the window, after the batches of all ranks are merged in"
         self.check_join()
         layer.refresh_window()
-        pack,M = self.packs[layer],x.numel()//x.shape[1]
-        with torch.no_grad():
-            own = how.moments(x)
-            old = pack.read()
-            flat,sums,head = pack.wire(x.device, 3)
-            pack.add_moments(sums, head, [(0, *own, M, step.samples)], old.mean)
-            dist.all_reduce(flat, group=self.group)
-            new,m,v,share = pack.merge(old, sums, head, pack.rules())
-            if step.update: pack.write(new)
-            floor = floor_of(state.floors, old.seen, step._replace(samples=new.seen-old.seen))
-            values = [t.to(state.mean.dtype) for t in (new.mean,new.var,share,m,v)]
-            saved = to_save(*values, floor, step)
-            saved[4],saved[5] = own # by which the layer knows a batch that is computed again
-            return how.normalize(x, weight, bias, saved, step),saved
+        norms,own = self.alone[layer],how.moments(x)
+        old,sums = norms.read(),_Sums(norms, x.device, gradients=False)
+        sums.add_batches([_Batch(0, *own, x.numel()//x.shape[1], step.samples)], old.mean)
+        dist.all_reduce(sums.flat, group=self.group)
+        new,batch,share = _merge(norms, norms.settings(), old, sums)
+        if step.update: norms.write(new)
+        floor = floor_of(state.floors, old.seen, step._replace(samples=new.seen-old.seen))
+        values = new.mean,new.var,share,batch.mean,batch.var
+        saved = to_save(*[t.to(state.mean.dtype) for t in values], floor, step)
+        saved[4],saved[5] = own # by which the layer knows a batch that is computed again
+        return how.normalize(x, weight, bias, saved, step),saved
 
     def backward(self, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
         "Gradients, with the reaction of what all ranks have summed"
-        sums = how.sums(dy, x, weight, bias, saved, step)
-        total,n = self.pool(layer, sums, x.numel()//x.shape[1])
-        G = react(total, n, saved, running, step, scale)
+        own,norms = how.sums(dy, x, weight, bias, saved, step),self.alone[layer]
+        sums = _Sums(norms, x.device, moments=False)
+        sums.add_reactions([_Reaction(0, own, x.numel()//x.shape[1])], own.double())
+        dist.all_reduce(sums.flat, group=self.group)
+        n,total = sums.gradients[0],sums.gradients[1:]
+        n = torch.where(n>0, n, math.nan) # no rank's is finite: stays out
+        G = react(total.to(own.dtype), n.to(own.dtype), saved, running, step, scale)
         dx = how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
-        return dx,sums[1],sums[0]
-
-    def pool(self, layer, sums, M):
-        "The sums of all ranks, and over how many values of each channel"
-        pack = self.packs[layer]
-        flat,total,_ = pack.wire(sums.device, 3)
-        pack.add_gradients(total, [(0, sums, M)], sums.double())
-        dist.all_reduce(flat, group=self.group)
-        n = torch.where(total[0]>0, total[0], math.nan) # no rank's is finite: stays out
-        return total[1:].to(sums.dtype),n.to(sums.dtype)
+        return dx,own[1],own[0]
 
 # %% ../nbs/09_distributed.ipynb #2aeed99e
 class _AfterForward:
@@ -424,151 +469,164 @@ class _Shadow(JoinHook):
     def main_hook(self): self.sync.send()
     def post_hook(self, is_last_joiner): self.sync.settle()
 
+class _Sent(NamedTuple):
+    "A step's collective on its way"
+    work:object        # To wait for
+    shared:_ModelState # What the sums of all ranks are merged into
+    sums:_Sums
+    settings:list      # `_Settings` of each layer, when it was sent
+
 # %% ../nbs/09_distributed.ipynb #b08814c2
 class StepSync(WindowSync):
     "Each rank normalises with the shared window and its own batch; one collective a step"
     mode = 'step'
     def __init__(self, model, group=None):
         super().__init__(model, group)
-        self.work = self.pending = self.base = self.local = self.sums = None
-        self.last_share = self.last_count = 0.
-        self.forwards,self.backwards,self.queued,self.awaits,self.skip = [],[],False,False,False
-
-    def join_hook(self, **kwargs): return _Shadow(self)
+        self.shared = None  # The state of all ranks during a step, a `_ModelState`
+        self.own = None     # What each layer of this rank goes on with meanwhile, a `State` by layer
+        self.batches,self.reactions = [],[] # Notes of this step that are not summed yet
+        self.sums = None    # Of those that are
+        self.sent = None    # The collective on its way
+        self.last_share = self.last_values = 0. # Of the last forwards, for their later backwards
+        self.is_queued = False # Does the end of the backward know of this?
+        self.is_no_sync = False # Is this batch in `no_sync` of DistributedDataParallel?
+        self.expects_backward = False # Has a norm kept something for one?
 
     def attach(self):
         super().attach()
         self.after_forward = torch.compiler.disable(self.after_forward)
-        self.handle = self.model.register_forward_hook(_AfterForward(self))
+        self.hook = self.model.register_forward_hook(_AfterForward(self))
         return self
+
+    def join_hook(self, **kwargs): return _Shadow(self)
+
+    # 1. Forward: each layer goes on with its own continuation of the shared window
+    def state(self, layer): return self.opened()[layer]
+
+    def opened(self):
+        "The local continuation of each layer, begun from the shared window if there is none yet"
+        if self.own is None:
+            with torch.inference_mode(False),torch.no_grad():
+                for m in self.norms.modules: m.refresh_window()
+                self.shared = f = self.norms.read()
+                steps = head_start+(f.steps-head_start)*self.world # as many as batches of its own
+                f = f._replace(count=f.count/self.world, steps=steps)
+                dtypes = {m.window_mean.dtype for m in self.norms.modules}
+                dtype = torch.float64 if len(dtypes)>1 else dtypes.pop() # all at once
+                f = [t.clone() if k in _numbers else t.to(dtype, copy=True) for k,t in f._asdict().items()]
+                parts = map(self.norms.split, _ModelState._fields, f)
+                self.own = dict(zip(self.norms.modules, map(self._state, self.norms.modules, *parts)))
+        return self.own
+
+    def _state(self, layer, *fields):
+        "A `State` of `layer`, of its part of each field of `_ModelState`"
+        s = _ModelState(*fields)
+        def own(t): return t.to(layer.window_mean.dtype).contiguous()
+        channels = {k:own(t) for k,t in s._asdict().items() if k not in _numbers}
+        return State(**channels, batches=s.batches, seen=s.seen.view(1), skipped=s.skipped,
+            floors=layer.clamp_floor)
+
+    def forward(self, layer, how, x, weight, bias, state, step):
+        "Normalise with the shared window and this rank's batches of the step; take note of this one"
+        ddp = DistributedDataParallel._active_ddp_module
+        self.is_no_sync = ddp is not None and not ddp.require_backward_grad_sync
+        self.check_join()
+        self.is_queued = self.is_queued and _in_backward()
+        trains = x.requires_grad or weight is not None and weight.requires_grad
+        self.expects_backward = self.expects_backward or torch.is_grad_enabled() and trains
+        step = step._replace(average=None, momentum=auto_momentum)
+        y,saved = how.forward(x, weight, bias, state, step)
+        if step.update:
+            s,M = Saved(*saved),x.numel()//x.shape[1]
+            batch = _Batch(self.number[layer], s.batch_mean, s.batch_var, M, step.samples)
+            self.batches.append(batch)
+        return y,saved
+
+    def after_forward(self, output):
+        "Send now if no backward can follow"
+        if _in_backward(): return
+        self.sum_notes()
+        due = [t for t in tree_leaves(output) if torch.is_tensor(t) and t.requires_grad]
+        if not torch.is_grad_enabled(): due = []
+        for t in due: t.register_hook(self.queue)
+        if not due and not self.expects_backward and not self.waits: self.send()
+        self.expects_backward = False
+
+    # 2. Backward
+    def backward(self, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
+        "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
+        self.queue()
+        unpaid = saved[-1,0].clone()
+        dx,dw,db = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
+        pays = torch.is_tensor(step.running_grad) or step.running_grad
+        if pays and step.update:
+            sums,M = torch.stack((db, dw*(Saved(*saved).factor>0))),x.numel()//x.shape[1]
+            if scale is not None: sums = sums/scale
+            self.reactions.append(_Reaction(self.number[layer], sums, M*unpaid))
+        return dx,dw,db
+
+    def queue(self, *_):
+        "Have the end of this backward, the outermost if there are several, send the sums"
+        if not self.is_queued: Variable._execution_engine.queue_callback(self.after_backward)
+        self.is_queued = True
+
+    # 3. The end of the backward: one collective
+    def after_backward(self):
+        self.is_queued = False
+        self.sum_notes()
+        if not self.waits: self.send()
 
     @property
     def waits(self):
         "Is this batch one of several of a step, and not the last?"
-        return (self.hold or self.skip) and not self._join_config.enable
+        return (self.hold or self.is_no_sync) and not self._join_config.enable
 
-# %% ../nbs/09_distributed.ipynb #8ac6fc89
-@patch
-def opened(self:StepSync):
-    "The local continuation of each layer, begun from the shared window if there is none yet"
-    if self.local is None:
-        with torch.inference_mode(False),torch.no_grad():
-            for l in self.pack.layers: l.refresh_window()
-            self.base = f = self.pack.read()
-            steps = head_start+(f.steps-head_start)*self.world # as many values and batches as its own
-            f = f._replace(count=f.count/self.world, steps=steps)
-            dtypes = {l.window_mean.dtype for l in self.pack.layers}
-            one = dtypes.pop() if len(dtypes)==1 else torch.float64
-            wide = [t.to(one, copy=True).split(self.pack.sizes, -1) for t in f[:_channels]]
-            parts = zip(*wide, *[t.clone().split(1) for t in f[_channels:]])
-            self.local = {}
-            for l,(*wide,batches,seen,skipped) in zip(self.pack.layers, parts):
-                *wide,grad,known = [t.to(l.window_mean.dtype).contiguous() for t in wide]
-                counters = batches.view(()),seen,skipped.view(())
-                self.local[l] = State(*wide, *counters, l.clamp_floor, grad, innovations=known)
-    return self.local
-
-@patch
-def state(self:StepSync, layer): return self.opened()[layer]
-
-@patch
-def forward(self:StepSync, layer, how, x, weight, bias, state, step):
-    "Normalise with the shared window and this rank's batches of the step; take note of this one"
-    ddp = DistributedDataParallel._active_ddp_module
-    self.skip = ddp is not None and not ddp.require_backward_grad_sync
-    self.check_join()
-    self.queued = self.queued and torch._C._current_graph_task_id()!=-1
-    trains = x.requires_grad or weight is not None and weight.requires_grad
-    self.awaits = self.awaits or torch.is_grad_enabled() and trains
-    step = step._replace(average=None, momentum=auto_momentum)
-    y,saved = how.forward(x, weight, bias, state, step)
-    if step.update:
-        m,v = saved[4:6]
-        self.forwards.append((self.number[layer], m, v, x.numel()//x.shape[1], step.samples))
-    return y,saved
-
-# %% ../nbs/09_distributed.ipynb #5450a755
-@patch
-def backward(self:StepSync, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
-    "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
-    self.queue()
-    unpaid = saved[-1,0].clone()
-    dx,dweight,dbias = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
-    if (torch.is_tensor(step.running_grad) or step.running_grad) and step.update:
-        noted,M = torch.stack((dbias, dweight*(Saved(*saved).factor>0))),x.numel()//x.shape[1]
-        if scale is not None: noted = noted/scale
-        self.backwards.append((self.number[layer], noted, M*unpaid))
-    return dx,dweight,dbias
-
-@patch
-def queue(self:StepSync, *_):
-    "Have the end of this backward, the outermost if there are several, send the sums"
-    if not self.queued: Variable._execution_engine.queue_callback(self.after_backward)
-    self.queued = True
-
-@patch
-def after_forward(self:StepSync, output):
-    "Send now if no backward can follow"
-    if torch._C._current_graph_task_id()!=-1: return
-    self.fold()
-    due = [t for t in tree_leaves(output) if torch.is_tensor(t) and t.requires_grad]
-    if not torch.is_grad_enabled(): due = []
-    for t in due: t.register_hook(self.queue)
-    if not due and not self.awaits and not self.waits: self.send()
-    self.awaits = False
-
-@patch
-def after_backward(self:StepSync):
-    self.queued = False
-    self.fold()
-    if not self.waits: self.send()
-
-# %% ../nbs/09_distributed.ipynb #036c3c7d
-@patch
-@torch.no_grad()
-def fold(self:StepSync):
-    "Sum what was noted"
-    if not self.forwards and not self.backwards: return
-    with torch.inference_mode(False):
-        if self.sums is None: self.sums = self.pack.wire(self.device)
-        _,sums,head = self.sums
-        self.opened()
-        self.pack.add_moments(sums[:3], head, self.forwards, self.base.mean)
-        self.pack.add_gradients(sums[3:], self.backwards, self.base.mean)
-    self.forwards,self.backwards = [],[]
-
-@patch
-def send(self:StepSync):
-    "Start the step's collective; a rank that has nothing sends zeros"
-    self.settle()
-    self.fold()
-    self.opened()
-    sums,self.sums = self.sums or self.pack.wire(self.device),None
-    self.pending = self.base,*sums,self.pack.rules()
-    self.work = dist.all_reduce(sums[0], group=self.group, async_op=True)
-
-@patch
-@torch.no_grad()
-def settle(self:StepSync, drop=False):
-    "Wait for a collective that is on its way and merge what it brings; `drop`: forget what was not sent"
-    if self.work is not None:
-        work,(base,_,sums,head,rules) = self.work,self.pending
-        self.work = self.pending = self.base = self.local = None # if the wait fails, all stays as it was
+    @torch.no_grad()
+    def sum_notes(self):
+        "Add what was noted to the sums of the step"
+        if not self.batches and not self.reactions: return
         with torch.inference_mode(False):
-            work.wait()
-            new,_,_,share = self.pack.merge(base, sums[:3], head, rules)
-            new = new._replace(grad=self.merged_grad(base, sums, share))
-            self.pack.write(self.pack.unless_changed(new))
-    if drop: self.base,self.local,self.sums,self.forwards,self.backwards = None,None,None,[],[]
+            if self.sums is None: self.sums = _Sums(self.norms, self.device)
+            self.opened()
+            self.sums.add_batches(self.batches, self.shared.mean)
+            self.sums.add_reactions(self.reactions, self.shared.mean)
+        self.batches,self.reactions = [],[]
 
-@patch
-def merged_grad(self:StepSync, base, sums, share):
-    "The running gradient with the step's; a later backward of the same forwards adds to it"
-    n = sums[3]
-    self.last_share = torch.where(sums[0]>0, share, self.last_share)
-    self.last_count = torch.where(n>0, n, self.last_count)
-    left = torch.where(n>0, (1-self.last_share)*base.grad, base.grad)
-    return left+self.last_share*sums[4:]/self.last_count.clamp(min=1)
+    def send(self):
+        "Start the step's collective; a rank that has nothing sends zeros"
+        self.settle()
+        self.sum_notes()
+        self.opened()
+        sums,self.sums = self.sums or _Sums(self.norms, self.device),None
+        settings = self.norms.settings()
+        work = dist.all_reduce(sums.flat, group=self.group, async_op=True)
+        self.sent = _Sent(work, self.shared, sums, settings)
+
+    # 4. Before the next forward, or whoever looks: merge what has come
+    @torch.no_grad()
+    def settle(self, drop=False):
+        "Wait for a collective that is on its way and merge what it brings; `drop`: forget what was not sent"
+        if self.sent is not None:
+            sent,self.sent = self.sent,None
+            self.shared = self.own = None # if the wait fails, all stays as it was
+            with torch.inference_mode(False):
+                sent.work.wait()
+                new,_,share = _merge(self.norms, sent.settings, sent.shared, sent.sums)
+                new = new._replace(grad=self.merged_grad(sent.shared, sent.sums, share))
+                self.norms.write(self.norms.unless_changed(new))
+        if drop:
+            self.shared = self.own = self.sums = None
+            self.batches,self.reactions = [],[]
+
+    def merged_grad(self, shared, sums, share):
+        "The running gradient with the step's; a later backward of the same forwards adds to it"
+        n,g = sums.gradients[0],sums.gradients[1:]
+        self.last_share = torch.where(sums.moments[0]>0, share, self.last_share)
+        self.last_values = torch.where(n>0, n, self.last_values)
+        left = torch.where(n>0, (1-self.last_share)*shared.grad, shared.grad)
+        return left+self.last_share*g/self.last_values.clamp(min=1)
+
+def _in_backward(): return torch._C._current_graph_task_id()!=-1
 
 # %% ../nbs/09_distributed.ipynb #3e71173c
 def unwrapped(model):

@@ -344,7 +344,7 @@ def back_to_bn(rank, world):
     sync = sync_window(model, 'step')
     x,y = batches(1, 2*world)[0]
     train(model, [(share_of(rank, world, x),share_of(rank, world, y))], torch.optim.SGD(model.parameters(), 0.))
-    assert sync.work is not None
+    assert sync.sent is not None
     to_bn(model)
     assert type(model[1]) is nn.BatchNorm2d and 'keeper' not in vars(model[1]) and model[1].num_batches_tracked==1
     c = model[0](x)
