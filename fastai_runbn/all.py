@@ -5,5 +5,6 @@ from fastai_runbn.surgery import from_lesson10,register_norm,surgery_report,to_b
 from fastai_runbn.schedule import RunBNSchedule,WarmupClamp
 from fastai_runbn.distributed import sync_window
 from fastai_runbn.graph import GraphCallback,GraphedForward
-from fastai_runbn.callback import FilterMeans,RunBNCallback
+from fastai_runbn.filters import FilterMeans
+from fastai_runbn.callback import RunBNCallback
 from fastai_runbn.interpret import RunBNInterpretation,RunBNRecorder

@@ -13,7 +13,6 @@ import itertools,math,torch
 import pandas as pd, matplotlib.pyplot as plt
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
-from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
@@ -109,6 +108,181 @@ class RunBNInterpretation:
         recorder = next((cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)), None)
         return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
 
+    @torch.no_grad()
+    def table(self)->pd.DataFrame: # A row a layer
+        "The state of the layers"
+        rows = []
+        for name,m in self.norms.items():
+            m.refresh_window() # as the next training forward does, where a state was loaded
+            mean,sigma = m.window_mean,m.window_var.sqrt()
+            off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
+            hits = self.recorder.floored.get(name) if self.recorder else None
+            rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
+                mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
+                rho=_share(m, self.bs), running_grad=float(m.running_grad),
+                floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
+                off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
+        return pd.DataFrame(rows).set_index('layer')
+
+    def gap(self,
+        n_batches:int=64, # Batches of the training size, drawn from the data
+        seed:int=42, # Of the draw
+    )->pd.DataFrame: # `alone` and `together`, a row a layer
+        "How far training and evaluation are apart, in standard deviations of the output"
+        return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
+
+    def plot_gap(self,
+        n_batches:int=64, # Batches of the training size, drawn from the data
+        seed:int=42, # Of the draw
+    ):
+        "Plot `gap` over the layers"
+        df = self.gap(n_batches, seed)
+        _per_layer({'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
+
+    @classmethod
+    def compare(cls,
+        learners:dict, # Learners (or models) by name, at most six; BatchNorm's too
+        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        bs:int=None, # Samples in a batch; default: the training batch size of the first
+        n_batches:int=64, # Batches, the same for all
+        seed:int=42, # Of their draw
+    )->pd.DataFrame: # `together` of `gap`, a row a layer and a column a learner
+        "Plot how far training and evaluation are apart in several models, layer by layer"
+        models,dl,bs = _common(learners, dl, bs)
+        for n,m in models.items():
+            if not _norms(m, _BatchNorm):
+                raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
+        df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
+        _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
+        return df
+
+    @classmethod
+    def disparity(cls,
+        learners:dict, # Learners (or models) by name, at most six, with any norms
+        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        bs:int=None, # Samples in a batch; default: the training batch size of the first
+        n_batches:int=64, # Batches, the same for all
+        seed:int=42, # Of their draw
+    )->pd.Series: # From 0 to 1, by name
+        "Train/eval disparity: mean distance of predictions with norms in either mode"
+        models,dl,bs = _common(learners, dl, bs)
+        res = {}
+        for name,model in models.items():
+            norms,distances = _two_modes(model),[]
+            copies = {n:_trainer(m) for n,m in norms.items()}
+            def train(n, x, y): return _training(n, copies[n], x)
+            with _evaluating(model):
+                for xs in _draw(dl, bs, n_batches, seed, _device(model)):
+                    p = _probabilities(model, xs)
+                    with _hooked(norms, train): q = _probabilities(model, xs)
+                    distances.append(_distance(p, q).mean())
+            res[name] = torch.stack(distances).mean().item()
+        return pd.Series(res, name='disparity')
+
+    @classmethod
+    def tile_mismatch(cls,
+        learners:dict, # Learners (or models) by name, at most six, with any norms
+        tile:tuple, # Positions of a tile, axis by axis; halves of them have to suit the model's strides
+        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        margin:int=0, # Positions that are left out at all edges of tiles
+        n:int=16, # Images, the same for all
+        seed:int=42, # Of their draw
+    )->pd.Series: # From 0 to 1, by name
+        "Mean distance of what a model predicts for a position in one tile and in another"
+        models,dl,_ = _common(learners, dl, 1)
+        res = {}
+        for name,model in models.items():
+            with _evaluating(model):
+                images = [x for x,*_ in _draw(dl, 1, n, seed, _device(model))]
+                distances = [_two_tilings(model, x, tile, margin)[2].nanmean() for x in images]
+            res[name] = torch.stack(distances).mean().item()
+        return pd.Series(res, name='tile mismatch')
+
+    @classmethod
+    def plot_tiles(cls,
+        learners:dict, # Learners (or models) by name, at most six, with any norms
+        tile:tuple, # As in `tile_mismatch`
+        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        label:int=1, # Class whose probability is shown
+        at:int=None, # Slice of a volume, along its first axis; default: the middle one
+        seed:int=42, # Of the draw of the image
+    ):
+        "Plot what models predict of an image in two tilings, and where these differ"
+        models,dl,_ = _common(learners, dl, 1)
+        images = {n:_draw(dl, 1, 1, seed, _device(m))[0][0] for n,m in models.items()}
+        height,width = next(iter(images.values())).shape[-2:]
+        panel = 2.1*min(1, width/height) # inches across
+        size = .6+4*panel,.4+len(models)*panel*height/width
+        fig,axs = plt.subplots(len(models), 4, figsize=size, squeeze=False, layout='constrained')
+        for row,(name,model) in zip(axs, models.items()):
+            x = images[name]
+            with _evaluating(model): one,other,distance = _two_tilings(model, x, tile)
+            cut = ... if x.ndim<5 else x.shape[2]//2 if at is None else at
+            starts = _starts(x.shape[2:], tile)[-2:]
+            shown = x[0].mean(0),one[0,label],other[0,label],distance[0]
+            for ax,a,how in zip(row, shown, (dict(cmap='gray'),*[dict(vmin=0, vmax=1)]*3)):
+                ax.imshow(a[cut].cpu(), **how)
+                ax.set(xticks=[], yticks=[])
+            for ax,first in zip(row[1:3], ((0,0),starts)):
+                _draw_seams(ax, x.shape[-2:], tile[-2:], first)
+            row[0].set_ylabel(name)
+        for ax,title in zip(axs[0], ('Image','In tiles','Half a tile on','Distance')):
+            ax.set_title(title, fontsize='medium')
+
+    def plot_window(self,
+        layer:str=None, # Its name; default: the first running norm
+        channel:int=0, # Of the layer
+        bs:int=None, # Samples in a batch; default: the training batch size
+        n_batches:int=100, # Batches drawn from the data
+        seed:int=42, # Of the draw
+    ):
+        "Plot statistics of single batches, and the window's that takes them in"
+        layer = next(iter(self.norms)) if layer is None else layer
+        if layer not in self.norms: raise ValueError(f"layer={layer!r}: one of {', '.join(map(repr, self.norms))} was expected.")
+        m,bs = _trainer(self.norms[layer]),bs or self.bs
+        if not 0<=channel<m.num_features: raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
+        rows,c = [],channel
+        def look(n, x, y):
+            mean,var,_ = batch_moments(x)
+            m(x.clone())
+            rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
+        with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
+            for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
+        if not rows: raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
+        _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), f'Layer {layer}, channel {channel}, batch size {bs}')
+
+    def plot_layers(self,
+        layers:list=None, # Names of up to six; default: four, evenly spaced
+    ):
+        "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
+        hist = self.recorder.history if self.recorder else {}
+        if not hist: raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
+        names = list(hist)
+        if layers is None: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)] if len(names)>4 else names
+        layers = [layers] if isinstance(layers, str) else list(layers)
+        if wrong:=[l for l in layers if l not in hist]: raise ValueError(f"layers: {wrong[0]!r} was not recorded; one of {', '.join(map(repr, names))} was expected.")
+        if not 0<len(layers)<=6: raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
+        fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained', sharex=True, squeeze=False)
+        for l,(top,bottom) in zip(layers, axs.T):
+            steps = [s for s,_ in hist[l]]
+            stats = torch.stack([h for _,h in hist[l]]).cpu()                      # (records, 4, channels)
+            for ax,i in ((top,0),(bottom,1)):
+                window,evaluation = [stats[:,j].sqrt() if i else stats[:,j] for j in (i,i+2)]
+                for c in range(stats.shape[2]):
+                    ax.plot(steps, window[:,c], color=_colours[c%6], lw=1.2)
+                    ax.plot(steps, evaluation[:,c], color=_colours[c%6], lw=1, ls='--')
+            top.set_title(f'Layer {l}')
+            bottom.set_xlabel('training batch')
+        for ax,what in zip(axs[:,0], ('mean','standard deviation')): ax.set_ylabel(what)
+        keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
+        fig.legend(handles=keys, loc='outside lower center', ncols=2)
+        fig.suptitle('Statistics of some channels over training, a colour each')
+
+    def suggestions(self)->list: # A line each; empty where all is well
+        "Remarks on layers that look ill, and what to do"
+        looked = self.recorder.looked if self.recorder else {}
+        return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)]
+
 # %% ../nbs/11_interpret.ipynb #270fa9b8
 def _share(m, bs):
     "Share of the next batch of `bs` samples in the window of `m`; nan: not known yet"
@@ -127,24 +301,6 @@ def _share(m, bs):
         a = window_weight(m.window, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M))
-
-# %% ../nbs/11_interpret.ipynb #60dbd5f7
-@patch
-@torch.no_grad()
-def table(self:RunBNInterpretation)->pd.DataFrame: # A row a layer
-    "The state of the layers"
-    rows = []
-    for name,m in self.norms.items():
-        m.refresh_window() # as the next training forward does, where a state was loaded
-        mean,sigma = m.window_mean,m.window_var.sqrt()
-        off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
-        hits = self.recorder.floored.get(name) if self.recorder else None
-        rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
-            mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
-            rho=_share(m, self.bs), running_grad=float(m.running_grad),
-            floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
-            off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
-    return pd.DataFrame(rows).set_index('layer')
 
 # %% ../nbs/11_interpret.ipynb #ca1c6047
 @contextmanager
@@ -218,15 +374,6 @@ def _gaps(model, batches):
     def ratio(s, which): return (s[which].sum()/(s['square']-s['mean']**2/s['count']).sum()).sqrt().item()
     return pd.DataFrame({n:{w:ratio(s, w) for w in ('alone','together')} for n,s in sums.items() if s['count']}).T.rename_axis('layer')
 
-# %% ../nbs/11_interpret.ipynb #baf6587a
-@patch
-def gap(self:RunBNInterpretation,
-    n_batches:int=64, # Batches of the training size, drawn from the data
-    seed:int=42, # Of the draw
-)->pd.DataFrame: # `alone` and `together`, a row a layer
-    "How far training and evaluation are apart, in standard deviations of the output"
-    return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
-
 # %% ../nbs/11_interpret.ipynb #75ce013a
 _blue,_orange,_green,_sky,_purple,_yellow = _colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
 _marks = 'os^Dv*'
@@ -245,16 +392,6 @@ def _per_layer(series, title):
     ax.set_axisbelow(True)
     ax.legend()
 
-# %% ../nbs/11_interpret.ipynb #e45285e7
-@patch
-def plot_gap(self:RunBNInterpretation,
-    n_batches:int=64, # Batches of the training size, drawn from the data
-    seed:int=42, # Of the draw
-):
-    "Plot `gap` over the layers"
-    df = self.gap(n_batches, seed)
-    _per_layer({'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
-
 # %% ../nbs/11_interpret.ipynb #25d7340b
 def _common(learners, dl, bs):
     "Models by name, data and batch size for all of them: those given, or the first learner's"
@@ -265,24 +402,6 @@ def _common(learners, dl, bs):
     dl = _data(dls) if dl is None else dl
     models = {n:_unwrapped(getattr(l, 'model', l)) for n,l in learners.items()}
     return models,dl,bs or (_bs(dls) if dls is not None else _bs(dl))
-
-# %% ../nbs/11_interpret.ipynb #94e01869
-@patch(cls_method=True)
-def compare(cls:RunBNInterpretation,
-    learners:dict, # Learners (or models) by name, at most six; BatchNorm's too
-    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-    bs:int=None, # Samples in a batch; default: the training batch size of the first
-    n_batches:int=64, # Batches, the same for all
-    seed:int=42, # Of their draw
-)->pd.DataFrame: # `together` of `gap`, a row a layer and a column a learner
-    "Plot how far training and evaluation are apart in several models, layer by layer"
-    models,dl,bs = _common(learners, dl, bs)
-    for n,m in models.items():
-        if not _norms(m, _BatchNorm):
-            raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
-    df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
-    _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
-    return df
 
 # %% ../nbs/11_interpret.ipynb #b45fdfda
 def _logits(model, xs):
@@ -310,30 +429,6 @@ def _two_modes(model):
     "Norms of `model` that do another thing in training than in evaluation, by name"
     return {n:m for n,m in _norms(model, _NormBase).items()
         if isinstance(m, _BatchNorm) or m.track_running_stats}
-
-# %% ../nbs/11_interpret.ipynb #2ec720a1
-@patch(cls_method=True)
-def disparity(cls:RunBNInterpretation,
-    learners:dict, # Learners (or models) by name, at most six, with any norms
-    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-    bs:int=None, # Samples in a batch; default: the training batch size of the first
-    n_batches:int=64, # Batches, the same for all
-    seed:int=42, # Of their draw
-)->pd.Series: # From 0 to 1, by name
-    "Train/eval disparity: mean distance of predictions with norms in either mode"
-    models,dl,bs = _common(learners, dl, bs)
-    res = {}
-    for name,model in models.items():
-        norms,distances = _two_modes(model),[]
-        copies = {n:_trainer(m) for n,m in norms.items()}
-        def train(n, x, y): return _training(n, copies[n], x)
-        with _evaluating(model):
-            for xs in _draw(dl, bs, n_batches, seed, _device(model)):
-                p = _probabilities(model, xs)
-                with _hooked(norms, train): q = _probabilities(model, xs)
-                distances.append(_distance(p, q).mean())
-        res[name] = torch.stack(distances).mean().item()
-    return pd.Series(res, name='disparity')
 
 # %% ../nbs/11_interpret.ipynb #584039f7
 def _starts(shape, tile):
@@ -369,88 +464,12 @@ def _two_tilings(model, x, tile, margin=0):
         raise ValueError(f"margin={margin} leaves nothing of a tile of {tile}.")
     return one,other,distance
 
-# %% ../nbs/11_interpret.ipynb #f26b4ef1
-@patch(cls_method=True)
-def tile_mismatch(cls:RunBNInterpretation,
-    learners:dict, # Learners (or models) by name, at most six, with any norms
-    tile:tuple, # Positions of a tile, axis by axis; halves of them have to suit the model's strides
-    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-    margin:int=0, # Positions that are left out at all edges of tiles
-    n:int=16, # Images, the same for all
-    seed:int=42, # Of their draw
-)->pd.Series: # From 0 to 1, by name
-    "Mean distance of what a model predicts for a position in one tile and in another"
-    models,dl,_ = _common(learners, dl, 1)
-    res = {}
-    for name,model in models.items():
-        with _evaluating(model):
-            images = [x for x,*_ in _draw(dl, 1, n, seed, _device(model))]
-            distances = [_two_tilings(model, x, tile, margin)[2].nanmean() for x in images]
-        res[name] = torch.stack(distances).mean().item()
-    return pd.Series(res, name='tile mismatch')
-
-# %% ../nbs/11_interpret.ipynb #c3fb8797
-@patch(cls_method=True)
-def plot_tiles(cls:RunBNInterpretation,
-    learners:dict, # Learners (or models) by name, at most six, with any norms
-    tile:tuple, # As in `tile_mismatch`
-    dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-    label:int=1, # Class whose probability is shown
-    at:int=None, # Slice of a volume, along its first axis; default: the middle one
-    seed:int=42, # Of the draw of the image
-):
-    "Plot what models predict of an image in two tilings, and where these differ"
-    models,dl,_ = _common(learners, dl, 1)
-    images = {n:_draw(dl, 1, 1, seed, _device(m))[0][0] for n,m in models.items()}
-    height,width = next(iter(images.values())).shape[-2:]
-    panel = 2.1*min(1, width/height) # inches across
-    size = .6+4*panel,.4+len(models)*panel*height/width
-    fig,axs = plt.subplots(len(models), 4, figsize=size, squeeze=False, layout='constrained')
-    for row,(name,model) in zip(axs, models.items()):
-        x = images[name]
-        with _evaluating(model): one,other,distance = _two_tilings(model, x, tile)
-        cut = ... if x.ndim<5 else x.shape[2]//2 if at is None else at
-        starts = _starts(x.shape[2:], tile)[-2:]
-        shown = x[0].mean(0),one[0,label],other[0,label],distance[0]
-        for ax,a,how in zip(row, shown, (dict(cmap='gray'),*[dict(vmin=0, vmax=1)]*3)):
-            ax.imshow(a[cut].cpu(), **how)
-            ax.set(xticks=[], yticks=[])
-        for ax,first in zip(row[1:3], ((0,0),starts)):
-            _draw_seams(ax, x.shape[-2:], tile[-2:], first)
-        row[0].set_ylabel(name)
-    for ax,title in zip(axs[0], ('Image','In tiles','Half a tile on','Distance')):
-        ax.set_title(title, fontsize='medium')
-
 # %% ../nbs/11_interpret.ipynb #4edf23a9
 def _draw_seams(ax, shape, tile, starts):
     "Lines where tiles of the last two axes meet"
     for n,t,s,line in zip(shape, tile, starts, (ax.axhline,ax.axvline)):
         for i in range(s, n+1, t):
             if 0<i<n: line(i-.5, color='w', lw=.6, ls=':')
-
-# %% ../nbs/11_interpret.ipynb #0e9f3957
-@patch
-def plot_window(self:RunBNInterpretation,
-    layer:str=None, # Its name; default: the first running norm
-    channel:int=0, # Of the layer
-    bs:int=None, # Samples in a batch; default: the training batch size
-    n_batches:int=100, # Batches drawn from the data
-    seed:int=42, # Of the draw
-):
-    "Plot statistics of single batches, and the window's that takes them in"
-    layer = next(iter(self.norms)) if layer is None else layer
-    if layer not in self.norms: raise ValueError(f"layer={layer!r}: one of {', '.join(map(repr, self.norms))} was expected.")
-    m,bs = _trainer(self.norms[layer]),bs or self.bs
-    if not 0<=channel<m.num_features: raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
-    rows,c = [],channel
-    def look(n, x, y):
-        mean,var,_ = batch_moments(x)
-        m(x.clone())
-        rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
-    with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
-        for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
-    if not rows: raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
-    _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), f'Layer {layer}, channel {channel}, batch size {bs}')
 
 # %% ../nbs/11_interpret.ipynb #419d2086
 def _plot_scatter(df, mean, var, title):
@@ -465,35 +484,6 @@ def _plot_scatter(df, mean, var, title):
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
     fig.suptitle(title)
     fig.draw_without_rendering() # the layout settles: legends change ticks, whose labels take space
-
-# %% ../nbs/11_interpret.ipynb #4b03e22b
-@patch
-def plot_layers(self:RunBNInterpretation,
-    layers:list=None, # Names of up to six; default: four, evenly spaced
-):
-    "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
-    hist = self.recorder.history if self.recorder else {}
-    if not hist: raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
-    names = list(hist)
-    if layers is None: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)] if len(names)>4 else names
-    layers = [layers] if isinstance(layers, str) else list(layers)
-    if wrong:=[l for l in layers if l not in hist]: raise ValueError(f"layers: {wrong[0]!r} was not recorded; one of {', '.join(map(repr, names))} was expected.")
-    if not 0<len(layers)<=6: raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
-    fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained', sharex=True, squeeze=False)
-    for l,(top,bottom) in zip(layers, axs.T):
-        steps = [s for s,_ in hist[l]]
-        stats = torch.stack([h for _,h in hist[l]]).cpu()                      # (records, 4, channels)
-        for ax,i in ((top,0),(bottom,1)):
-            window,evaluation = [stats[:,j].sqrt() if i else stats[:,j] for j in (i,i+2)]
-            for c in range(stats.shape[2]):
-                ax.plot(steps, window[:,c], color=_colours[c%6], lw=1.2)
-                ax.plot(steps, evaluation[:,c], color=_colours[c%6], lw=1, ls='--')
-        top.set_title(f'Layer {l}')
-        bottom.set_xlabel('training batch')
-    for ax,what in zip(axs[:,0], ('mean','standard deviation')): ax.set_ylabel(what)
-    keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
-    fig.legend(handles=keys, loc='outside lower center', ncols=2)
-    fig.suptitle('Statistics of some channels over training, a colour each')
 
 # %% ../nbs/11_interpret.ipynb #f83bfb88
 _far = .5 # Standard deviations between window and evaluation, from which on there is a remark: four times what a healthy layer of few values had above
@@ -517,10 +507,3 @@ def _remarks(name, m, row, looked, bs):
         "train on at a lower rate before you evaluate, or give less.")
     if not .5<=row.sigma_ratio<=2: out.append(f"window far from evaluation: the σ of `{name}` in the window is {row.sigma_ratio:.2g} times that of evaluation. See `plot_layers` for when it moved.")
     return out
-
-# %% ../nbs/11_interpret.ipynb #544e7c78
-@patch
-def suggestions(self:RunBNInterpretation)->list: # A line each; empty where all is well
-    "Remarks on layers that look ill, and what to do"
-    looked = self.recorder.looked if self.recorder else {}
-    return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)]

@@ -8,8 +8,8 @@ __all__ = ['RunBNLightning']
 # %% ../nbs/10_lightning.ipynb #0a4f6f00
 from fastcore.meta import delegates
 from fastai.torch_core import find_bs
-from .callback import FilterMeans,check_sync
-from .callback import means_kept
+from .callback import check_sync,means_kept
+from .filters import FilterMeans
 from .distributed import sync_window
 from .layers import runbn_settings,set_batch_size
 from .surgery import surgery_report,to_runbn

@@ -8,7 +8,6 @@ __all__ = ['WarmupClamp', 'RunBNSchedule']
 # %% ../nbs/07_schedule.ipynb #98be29f4
 import torch
 from torch import Tensor
-from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from .layers import running_norms,runbn_settings
@@ -25,7 +24,9 @@ class WarmupClamp:
     def __len__(self): return len(self.values)
     def __iter__(self): return iter(self.values.tolist())
     def __getitem__(self, i): return self.values.tolist()[i]
-    def __repr__(self): return f'WarmupClamp({self[0]:g} to {self[-1]:g} in {len(self)} samples)' if len(self) else 'WarmupClamp(none)'
+    def __repr__(self):
+        if not len(self): return 'WarmupClamp(none)'
+        return f'WarmupClamp({self[0]:g} to {self[-1]:g} in {len(self)} samples)'
     def __call__(self,
         seen:Tensor, # Samples seen so far, integers of any shape
     )->Tensor: # Floor under the variance, the same shape; 0 from the end on
@@ -33,19 +34,17 @@ class WarmupClamp:
         padded = torch.cat([self.values, self.values.new_zeros(1)]).to(seen.device)
         return padded[seen.reshape(-1).clamp(max=len(self))].view(seen.shape)
 
-# %% ../nbs/07_schedule.ipynb #1269a5d4
-@patch
-def plot(self:WarmupClamp,
-    ax=None, # Matplotlib axes; default: new ones
-    **kwargs # Passed to `ax.plot`, `label` for one
-):
-    "Plot the floor against the samples seen, a little beyond its end; returns the axes"
-    import matplotlib.pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.5,3.2))[1]
-    n = torch.arange(len(self)+max(4, len(self)//5))
-    ax.step(n, self(n), where='post', **kwargs)
-    ax.set(xlabel='samples seen', ylabel='floor under the variance')
-    return ax
+    def plot(self,
+        ax=None, # Matplotlib axes; default: new ones
+        **kwargs # Passed to `ax.plot`, `label` for one
+    ):
+        "Plot the floor against the samples seen, a little beyond its end; returns the axes"
+        import matplotlib.pyplot as plt
+        if ax is None: ax = plt.subplots(figsize=(5.5,3.2))[1]
+        n = torch.arange(len(self)+max(4, len(self)//5))
+        ax.step(n, self(n), where='post', **kwargs)
+        ax.set(xlabel='samples seen', ylabel='floor under the variance')
+        return ax
 
 # %% ../nbs/07_schedule.ipynb #68ab66b8
 def _share_settings(model, names):

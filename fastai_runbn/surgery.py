@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
-from fastcore.basics import listify,patch
+from fastcore.basics import listify
 from . import twins
 from .kernels import cpu
 from .moments import AutoMomentum,auto_momentum
@@ -88,50 +88,71 @@ class NormRow(NamedTuple):
     points:int=0 # Rows of its last training batch, where they are not samples
     samples:int=0 # Samples that it was taken for
 
+    def cells(self)->list: # Of the columns `_columns`
+        "The row as text"
+        name,channels,why = self.name or '(the model)','' if self.channels is None else str(self.channels),[self.why]
+        if self.points: why.append(f'{_plural(self.points, "row")}, counted as {_plural(self.samples, "sample")}')
+        if self.skipped: why.append(f'skipped {_plural(self.skipped, "batch", "batches")} with NaN or infinity')
+        return [name, self.type, self.to, channels, self.status, ', '.join(filter(None, why))]
+
+_columns = 'layer','from','to','channels','status','why'
+def _plural(n, one, many=None): return f'{n} {one if n==1 else many or one+"s"}'
+
+# %% ../nbs/06_surgery.ipynb #e60b8749
 class SurgeryReport:
     "The norms of a model, one `NormRow` each: what is a running norm, what could be, what is left alone and why"
-    def __init__(self, rows, others, filters=''): self.rows,self.others,self.filters = rows,others,filters # `filters`: a line about them, of `FilterMeans`
+    def __init__(self,
+        rows, # A `NormRow` each
+        others, # Numbers of other norms by the names of their classes
+        filters='' # A line about filters, of `FilterMeans`
+    ):
+        self.rows,self.others,self.filters = rows,others,filters
     def _having(self, status): return [r for r in self.rows if r.status==status]
-    running = property(lambda self: self._having('running'), doc="Rows of layers that are running norms")
-    convertible = property(lambda self: self._having('convertible'), doc="Rows of layers that `to_runbn` would convert")
-    left_alone = property(lambda self: self._having('left alone'), doc="Rows of layers that `to_runbn` leaves as they are")
+    @property
+    def running(self):
+        "Rows of layers that are running norms"
+        return self._having('running')
+    @property
+    def convertible(self):
+        "Rows of layers that `to_runbn` would convert"
+        return self._having('convertible')
+    @property
+    def left_alone(self):
+        "Rows of layers that `to_runbn` leaves as they are"
+        return self._having('left alone')
     @property
     def counts(self):
         "One line: how many running, convertible and left alone, and which other norms there are"
-        parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible', f'{len(self.left_alone)} left alone']
-        if n:=sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
-        return ', '.join(parts) + (f"; also {', '.join(f'{n} {t}' for t,n in self.others.items())}" if self.others else '')
+        kinds = ('running norms',self.running),('convertible',self.convertible),('left alone',self.left_alone)
+        parts = [f'{len(rows)} {what}' for what,rows in kinds]
+        if n := sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
+        line = ', '.join(parts)
+        if self.others: line += '; also '+', '.join(f'{n} {t}' for t,n in self.others.items())
+        return line
     @property
     def computed(self):
         "A line where kernels could compute the running norms faster than what there is; else ''"
         return _no_kernels if self.running and cpu.kernels is None else ''
     def _head(self): return [o for o in (self.counts,self.filters,self.computed) if o]
+    def _cells(self): return [r.cells() for r in self.rows]
+
+    def __repr__(self):
+        table = [_columns, *self._cells()]
+        widths = [max(map(len, col)) for col in zip(*table)]
+        lines = ['  '.join(c.ljust(w) for c,w in zip(row, widths)).rstrip() for row in table]
+        return '\n'.join(self._head()+(lines if self.rows else []))
+
+    def _repr_markdown_(self):
+        table = [_columns, ['---']*len(_columns), *self._cells()]
+        lines = ['|'+'|'.join(row)+'|' for row in table]
+        return '\n\n'.join([*self._head(), '\n'.join(lines)])
+
+    def _repr_html_(self):
+        head = [f'<p>{escape(o)}</p>\n' for o in self._head()]
+        return ''.join(head) + pd.DataFrame(self._cells(), columns=_columns).to_html(index=False)
 
 _no_kernels = ("on the CPU PyTorch's operators compute them: pip found no C compiler when it installed "
     "fastai_runbn")
-
-# %% ../nbs/06_surgery.ipynb #2b94d909
-_columns = 'layer','from','to','channels','status','why'
-def _cells(r):
-    skipped = f"skipped {r.skipped} {'batch' if r.skipped==1 else 'batches'} with NaN or infinity" if r.skipped else ''
-    points = f"{r.points} rows, counted as {r.samples} sample{'s'*(r.samples!=1)}" if r.points else ''
-    return [r.name or '(the model)', r.type, r.to, '' if r.channels is None else str(r.channels), r.status, ', '.join(filter(None, [r.why,points,skipped]))]
-
-# %% ../nbs/06_surgery.ipynb #e60b8749
-@patch
-def __repr__(self:SurgeryReport):
-    table = [_columns, *map(_cells, self.rows)]
-    widths = [max(map(len, col)) for col in zip(*table)]
-    lines = ['  '.join(c.ljust(w) for c,w in zip(row, widths)).rstrip() for row in table]
-    return '\n'.join([*self._head(), *(lines if self.rows else [])])
-
-@patch
-def _repr_markdown_(self:SurgeryReport):
-    table = [_columns, ['---']*len(_columns), *map(_cells, self.rows)]
-    return '\n\n'.join(self._head()) + '\n\n' + '\n'.join('|'+'|'.join(row)+'|' for row in table)
-
-@patch
-def _repr_html_(self:SurgeryReport): return ''.join(f'<p>{escape(o)}</p>\n' for o in self._head()) + pd.DataFrame(map(_cells, self.rows), columns=_columns).to_html(index=False)
 
 # %% ../nbs/06_surgery.ipynb #0ff54436
 def _patterns(pats, rows, arg):

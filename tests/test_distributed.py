@@ -343,7 +343,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel as DDP
 from fastai_runbn.bench.tasks import lesson10_convnet
-from fastai_runbn.callback import FilterMeans
+from fastai_runbn.filters import FilterMeans
 from fastai_runbn.distributed import sync_window
 from fastai_runbn.layers import running_norms
 from fastai_runbn.surgery import to_runbn

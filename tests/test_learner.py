@@ -7,7 +7,7 @@ from fastai.vision.all import Adam,Callback,GradientAccumulation,Learner,SGD,Sho
 from fastai_runbn.all import LESSON10,RunBNCallback,RunningBatchNorm2d,surgery_report,to_bn,to_runbn
 from fastai_runbn.layers import RunningBatchNormMixin,runbn_settings
 from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
-from fastai_runbn.callback import FilterMeans
+from fastai_runbn.filters import FilterMeans
 from fastai_runbn.cli import train_digits
 
 def plain_learner(cbs=None, bs=32): return Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, lr=.1, cbs=cbs)

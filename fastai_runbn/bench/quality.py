@@ -36,7 +36,8 @@ from .tasks import (VOID,bodies_dls,boxes_dls,digits_dls,mnist_dls,photos_dls,ro
     rows_dls,scenes_dls,volumes_dls)
 from .tasks import (Detector,PlainUnet,body_and_head,lesson10_convnet,monai_unet,roads_unet,
     small_efficientnet,small_mobilenet_v2,small_regnet,small_resnet,small_resnext,small_unet)
-from ..callback import FilterMeans,KeptMean,RunBNCallback
+from ..callback import RunBNCallback
+from ..filters import FilterMeans,KeptMean
 from ..layers import LESSON10,running_norms
 from ..moments import AdaptiveWindow
 
