@@ -194,7 +194,7 @@ contenders = {
     **variants}
 
 # %% ../../nbs/12_bench.quality.ipynb #f1af03f0
-@dataclass
+@dataclass(kw_only=True)
 class Regime:
     "Data, a model and a way of training, on which norms are compared"
     what:str # One line
@@ -202,7 +202,7 @@ class Regime:
     model:object # `data` to a model with BatchNorm
     opt:object # Its `opt_func`
     train:object # `(learn, epochs, lr)`: trains
-    epochs:int # Of that
+    epochs:int=4 # Of that
     rates:tuple # Learning rates to try
     sizes:tuple # Batch sizes to try
     norms:tuple # Names of contenders
@@ -236,28 +236,6 @@ def _new_head(data):
     "The pretrained body with a new head"
     return nn.Sequential(deepcopy(_pretrained(data)[0]), small_resnet(n_out=5)[1])
 
-# %% ../../nbs/12_bench.quality.ipynb #88ae2309
-_kept_means = tuple(n for n in contenders if n.endswith('means kept'))
-_main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
-_no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
-_all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
-_axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
-_mobile = (*_axes,'ours, GroupNorm on small maps')
-_in_use = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours' # on backbones
-_tried = tuple(variants)[:-2] # the last two are for small maps and for R4
-
-def _lesson(loaders, train=_one_cycle, epochs=4, sizes=(2,), norms=_all, what='', every_rate=False,
-            variants=_axes):
-    return Regime(f"Lesson 10's convnet on {what}", lambda bs, data: loaders(bs),
-        lambda data: lesson10_convnet(), SGD, train, epochs, (.03,.1,.4), sizes, norms, variants,
-        every_rate=every_rate)
-
-def _resnet(opt, rates, sizes, accumulate=0, norms=_all, what='', variants=_axes):
-    return Regime(f'A small ResNet on photographs, {what}',
-        lambda bs, data: photos_dls(data, bs, part=3750), lambda data: small_resnet(), opt,
-        _one_cycle, 4, rates, sizes, norms, variants, accumulate=accumulate, data='images')
-
-
 # %% ../../nbs/12_bench.quality.ipynb #0c22daa3
 def _densenet():
     from torchvision.models import DenseNet
@@ -267,12 +245,7 @@ def _mobilenet():
     from timm import create_model
     return create_model('mobilenetv3_small_050', num_classes=10)
 
-def _some_images(bs, data): return photos_dls(data, bs, part=1500)
-
-def _with_adam(what, model, loaders=_some_images, sizes=(2,32), norms=_main, variants=_axes,
-               data='images', epochs=4, **kwargs):
-    return Regime(f'{what}, Adam, one cycle', loaders, lambda _: model(), _adam, _one_cycle, epochs,
-        (1e-3,3e-3,1e-2), sizes, norms, variants, data=data, **kwargs)
+def _photos(part, bs, data): return photos_dls(data, bs, part=part)
 
 class LabelDice(DiceMulti):
     "Mean Dice coefficient of all classes but 0, the background"
@@ -302,60 +275,153 @@ class BoxMAP(Metric):
     @property
     def name(self): return 'mAP'
 
-def _volumes_regime(what, model, epochs):
-    return _with_adam(f'{what} in three dimensions on hippocampus MRI, segmentation', model,
-        lambda bs, data: volumes_dls(data, bs), (1,2,8),
-        (*_no_ws,'InstanceNorm'), (*_kept_means,'ours, filters free'), data='volumes',
-        epochs=epochs, metric=LabelDice())
+# %% ../../nbs/12_bench.quality.ipynb #88ae2309
+_kept_means = tuple(n for n in contenders if n.endswith('means kept'))
+_main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
+_no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
+_all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
+_axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
+_mobile = (*_axes,'ours, GroupNorm on small maps')
+_in_use = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours' # on backbones
+_tried = tuple(variants)[:-2] # the last two are for small maps and for R4
+
+_lesson = dict(model=lambda data: lesson10_convnet(), opt=SGD, rates=(.03,.1,.4), sizes=(2,1,32,8,4))
+_resnet = dict(model=lambda data: small_resnet(), loaders=partial(_photos, 3750), train=_one_cycle,
+    data='images')
+_adam_cycle = dict(opt=_adam, train=_one_cycle)
+_others = dict(_adam_cycle, rates=(1e-3,3e-3,1e-2), sizes=(2,32), norms=_main, variants=_axes)
+_photographs = dict(_others, loaders=partial(_photos, 1500), data='images')
+_clothes = dict(_photographs, by_name=True)
+_volumes = dict(_others, loaders=lambda bs, data: volumes_dls(data, bs), sizes=(1,2,8),
+    norms=(*_no_ws,'InstanceNorm'), variants=(*_kept_means,'ours, filters free'), data='volumes',
+    metric=LabelDice())
+_backbone = dict(_adam_cycle, rates=(3e-4,1e-3,3e-3), sizes=(1,2,8), norms=_in_use, data='roads')
 
 # %% ../../nbs/12_bench.quality.ipynb #69dd930f
 _fine_tuned = ('BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed','BatchNorm, frozen',
     'BatchNorm, frozen statistics','GroupNorm','BatchRenorm','lesson 10','ours')
+
 regimes = { # chkstyle: ignore-node, a table
-    'R1':_lesson(mnist_dls, sizes=(2,1,32,8,4), what='4,000 MNIST digits, SGD, one cycle',
+    'R1': Regime(**_lesson,
+        what="Lesson 10's convnet on 4,000 MNIST digits, SGD, one cycle",
+        loaders=lambda bs, data: mnist_dls(bs),
+        train=_one_cycle,
+        norms=_all,
+        variants=_axes,
         every_rate=True),
-    'R1 constant':_lesson(mnist_dls, _constant, sizes=(2,1,32,8,4), norms=_main,
-        what='4,000 MNIST digits, SGD, constant rate'),
-    'R1 digits':_lesson(digits_dls, epochs=3, sizes=(2,32,1,8,4), norms=_main,
-        variants=(*_axes,*_tried[1:]), what="scikit-learn's digits, SGD, one cycle"),
-    'R2':_resnet(_adam, (1e-3,3e-3,1e-2), (2,1,32,8,4), variants=(*_axes,*_tried[1:]),
-        what='Adam, one cycle'),
-    'R2 SGD':_resnet(_momentum, (.003,.01,.03), (2,1,32,8,4), norms=_main,
-        what='SGD with momentum, one cycle'),
-    'R3':_resnet(_adam, (3e-3,1e-2,3e-2), (2,), 32,
-        what='Adam, one cycle, gradients of 32 images accumulated'),
-    'R4':Regime('The small ResNet, trained on five classes of photographs 64 at a time, fine-tuned on 1,500 images of the other five',
-        lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375), _new_head, _adam, _fine_tune, 8, (3e-3,1e-2,3e-2), (2,), _fine_tuned,
-        ('BatchNorm, means kept','BatchRenorm, means kept','ours, filters free',
-            'ours, windows empty at first'), splitter=body_and_head, data='images'),
-    'R5':Regime('A small U-Net on digits on photographs, segmentation, Adam, one cycle', lambda bs, data: scenes_dls(bs), lambda data: small_unet(),
-        _adam, _one_cycle, 6, (3e-4,1e-3,3e-3), (2,1), _all, _axes, metric=JaccardCoeffMulti()),
-    'H1':_with_adam('A small DenseNet of torchvision on clothes', _densenet, by_name=True),
-    'H2':_with_adam("timm's mobilenetv3_small_050 on clothes", _mobilenet, by_name=True,
-        variants=_mobile),
-    'H3':_with_adam('A small ResNet in three dimensions on bodies in noise',
-        partial(small_resnet, 1, 4, ndim=3), lambda bs, data: bodies_dls(bs), norms=_no_ws,
-        data=''),
-    'H4':_with_adam('A small EfficientNet on clothes', small_efficientnet, by_name=True,
-        variants=_mobile),
-    'H5':_with_adam('A small ResNeXt on clothes', small_resnext, by_name=True,
-        variants=_mobile),
-    'H6':_with_adam('A small RegNet on photographs', small_regnet, variants=_mobile),
-    'H7':_with_adam('A small MobileNetV2 on photographs', small_mobilenet_v2,
-        variants=_mobile),
-    'H8':_with_adam('A U-Net in two dimensions on road scenes, segmentation',
-        partial(PlainUnet, n_in=3, n_out=11, ndim=2), lambda bs, data: roads_dls(data, bs),
-        epochs=8, metric=RoadIoU(), data='roads'),
-    'H9':_with_adam('A small ResNet in one dimension on digits row by row',
-        partial(small_resnet, 28, ndim=1), lambda bs, data: rows_dls(bs), norms=_no_ws, data=''),
-    'V1':_volumes_regime('A U-Net', PlainUnet, 4),
-    'V1 MONAI':_volumes_regime("MONAI's residual U-Net", monai_unet, 8),
-    'V2':Regime("fastai's U-Net on a ResNet-18 on road scenes, segmentation, Adam, one cycle",
-        lambda bs, data: roads_dls(data, bs, (96,128)), lambda data: roads_unet(), _adam,
-        _one_cycle, 2, (3e-4,1e-3,3e-3), (1,2,8), _in_use, metric=RoadIoU(), data='roads'),
-    'V3':Regime("torchvision's Faster R-CNN on a ResNet-10, digits on road scenes, Adam, one cycle",
-        lambda bs, data: boxes_dls(data, bs), lambda data: Detector(), _adam, _one_cycle, 4,
-        (3e-4,1e-3,3e-3), (1,2,8), _in_use, metric=BoxMAP(), data='roads', boxes=True)}
+    'R1 constant': Regime(**_lesson,
+        what="Lesson 10's convnet on 4,000 MNIST digits, SGD, constant rate",
+        loaders=lambda bs, data: mnist_dls(bs),
+        train=_constant,
+        norms=_main,
+        variants=_axes),
+    'R1 digits': Regime(**{**_lesson, 'sizes':(2,32,1,8,4)},
+        what="Lesson 10's convnet on scikit-learn's digits, SGD, one cycle",
+        loaders=lambda bs, data: digits_dls(bs),
+        train=_one_cycle,
+        epochs=3,
+        norms=_main,
+        variants=(*_axes,*_tried[1:])),
+    'R2': Regime(**_resnet,
+        what='A small ResNet on photographs, Adam, one cycle',
+        opt=_adam,
+        rates=(1e-3,3e-3,1e-2),
+        sizes=(2,1,32,8,4),
+        norms=_all,
+        variants=(*_axes,*_tried[1:])),
+    'R2 SGD': Regime(**_resnet,
+        what='A small ResNet on photographs, SGD with momentum, one cycle',
+        opt=_momentum,
+        rates=(.003,.01,.03),
+        sizes=(2,1,32,8,4),
+        norms=_main,
+        variants=_axes),
+    'R3': Regime(**_resnet,
+        what='A small ResNet on photographs, Adam, one cycle, gradients of 32 images accumulated',
+        opt=_adam,
+        rates=(3e-3,1e-2,3e-2),
+        sizes=(2,),
+        norms=_all,
+        variants=_axes,
+        accumulate=32),
+    'R4': Regime(
+        what='The small ResNet, trained on five classes of photographs 64 at a time, '
+            'fine-tuned on 1,500 images of the other five',
+        loaders=lambda bs, data: photos_dls(data, bs, range(5,10), 1500, 375),
+        model=_new_head,
+        opt=_adam,
+        train=_fine_tune,
+        epochs=8,
+        rates=(3e-3,1e-2,3e-2),
+        sizes=(2,),
+        norms=_fine_tuned,
+        variants=('BatchNorm, means kept','BatchRenorm, means kept','ours, filters free',
+            'ours, windows empty at first'),
+        splitter=body_and_head,
+        data='images'),
+    'R5': Regime(**_adam_cycle,
+        what='A small U-Net on digits on photographs, segmentation, Adam, one cycle',
+        loaders=lambda bs, data: scenes_dls(bs),
+        model=lambda data: small_unet(),
+        epochs=6,
+        rates=(3e-4,1e-3,3e-3),
+        sizes=(2,1),
+        norms=_all,
+        variants=_axes,
+        metric=JaccardCoeffMulti()),
+    'H1': Regime(**_clothes,
+        what='A small DenseNet of torchvision on clothes, Adam, one cycle',
+        model=lambda data: _densenet()),
+    'H2': Regime(**{**_clothes, 'variants':_mobile},
+        what="timm's mobilenetv3_small_050 on clothes, Adam, one cycle",
+        model=lambda data: _mobilenet()),
+    'H3': Regime(**{**_others, 'norms':_no_ws},
+        what='A small ResNet in three dimensions on bodies in noise, Adam, one cycle',
+        loaders=lambda bs, data: bodies_dls(bs),
+        model=lambda data: small_resnet(1, 4, ndim=3)),
+    'H4': Regime(**{**_clothes, 'variants':_mobile},
+        what='A small EfficientNet on clothes, Adam, one cycle',
+        model=lambda data: small_efficientnet()),
+    'H5': Regime(**{**_clothes, 'variants':_mobile},
+        what='A small ResNeXt on clothes, Adam, one cycle',
+        model=lambda data: small_resnext()),
+    'H6': Regime(**{**_photographs, 'variants':_mobile},
+        what='A small RegNet on photographs, Adam, one cycle',
+        model=lambda data: small_regnet()),
+    'H7': Regime(**{**_photographs, 'variants':_mobile},
+        what='A small MobileNetV2 on photographs, Adam, one cycle',
+        model=lambda data: small_mobilenet_v2()),
+    'H8': Regime(**_others,
+        what='A U-Net in two dimensions on road scenes, segmentation, Adam, one cycle',
+        loaders=lambda bs, data: roads_dls(data, bs),
+        model=lambda data: PlainUnet(n_in=3, n_out=11, ndim=2),
+        epochs=8,
+        metric=RoadIoU(),
+        data='roads'),
+    'H9': Regime(**{**_others, 'norms':_no_ws},
+        what='A small ResNet in one dimension on digits row by row, Adam, one cycle',
+        loaders=lambda bs, data: rows_dls(bs),
+        model=lambda data: small_resnet(28, ndim=1)),
+    'V1': Regime(**_volumes,
+        what='A U-Net in three dimensions on hippocampus MRI, segmentation, Adam, one cycle',
+        model=lambda data: PlainUnet()),
+    'V1 MONAI': Regime(**_volumes,
+        what="MONAI's residual U-Net in three dimensions on hippocampus MRI, segmentation, "
+            'Adam, one cycle',
+        model=lambda data: monai_unet(),
+        epochs=8),
+    'V2': Regime(**_backbone,
+        what="fastai's U-Net on a ResNet-18 on road scenes, segmentation, Adam, one cycle",
+        loaders=lambda bs, data: roads_dls(data, bs, (96,128)),
+        model=lambda data: roads_unet(),
+        epochs=2,
+        metric=RoadIoU()),
+    'V3': Regime(**_backbone,
+        what="torchvision's Faster R-CNN on a ResNet-10, digits on road scenes, Adam, one cycle",
+        loaders=lambda bs, data: boxes_dls(data, bs),
+        model=lambda data: Detector(),
+        metric=BoxMAP(),
+        boxes=True)}
 
 # %% ../../nbs/12_bench.quality.ipynb #ca0c1002
 _key = 'regime','norm','bs','lr','seed'
