@@ -193,12 +193,14 @@ def _case_line(df):
     others = ', '.join(f'{r.contender} {r.ratio:.2f}' for r in both.iloc[1:].itertuples() if r.ratio==r.ratio)
     return f"{first['shape']} {first.layout} {first.precision}: {first.contender} {first.ms:.3g} ms; {others}"
 
+_target_columns = 'ratio to BatchNorm','contender','cases','mean','worst','target','met'
 def _target_table(summary):
     "A rich table of `summarize`'s rows, of those that were measured"
     from rich.table import Table
-    table = Table('ratio to BatchNorm', 'contender', 'cases', 'mean', 'worst', 'target', 'met')
+    table = Table(*_target_columns)
     for r in summary.itertuples():
-        if r.cases: table.add_row(r.group, r.contender, str(r.cases), f'{r.mean:.2f}', f'{r.worst:.2f}', r.target, r.met)
+        numbers = str(r.cases),f'{r.mean:.2f}',f'{r.worst:.2f}'
+        if r.cases: table.add_row(r.group, r.contender, *numbers, r.target, r.met)
     return table
 
 def _pattern(option, pattern, choices):
@@ -209,7 +211,7 @@ def _pattern(option, pattern, choices):
     return pattern
 
 # %% ../nbs/13_cli.ipynb #3dc8eb78
-def _bench_speed(quick, json, out, only, contenders, compile, device):
+def _bench_speed(quick, json, out, only, contenders, *, compile, device):
     for name,level in (('KINETO_LOG_LEVEL','99'), ('TORCH_CPP_LOG_LEVEL','ERROR')): os.environ.setdefault(name, level) # the profiler's remarks on machines without a GPU
     import torch
     from fastai_runbn.bench import speed
@@ -253,7 +255,7 @@ def _score_rows(table):
     for name,cells in table.iterrows(): shown.add_row(name, *cells)
     return shown
 
-def _bench_quality(quick, json, out, only, contenders, data, seeds, jobs):
+def _bench_quality(quick, json, out, only, contenders, *, data, seeds, jobs):
     from tempfile import TemporaryDirectory
     from fastai_runbn.bench import quality
     from fastai_runbn.bench.tasks import kind_of_data
@@ -309,8 +311,11 @@ def bench(
         if wrong: raise CliError(f"{o}: not an option of {subject}")
     json = json and _writable('--json', json, '.json' if subject=='speed' else '.jsonl')
     out = out and _writable('--out', out, '.png')
-    if subject=='speed': _bench_speed(quick, json, out, only, contenders, compile, device)
-    else: _bench_quality(quick, json, out, only, contenders, data, (1 if quick else 3) if seeds is None else seeds, 2 if jobs is None else jobs)
+    common = quick,json,out,only,contenders
+    if subject=='speed': return _bench_speed(*common, compile=compile, device=device)
+    if seeds is None: seeds = 1 if quick else 3
+    if jobs is None: jobs = 2
+    _bench_quality(*common, data=data, seeds=seeds, jobs=jobs)
 
 # %% ../nbs/13_cli.ipynb #c6408ed8
 class OneLineParser(ArgumentParser):

@@ -238,7 +238,7 @@ def _adapted(norms, settings, a, old, batch):
     numbers = norms.numbers(lengths, a),batch.samples,batch.values.clamp(min=1),eps
     longest,bs,M,eps = norms.expand(torch.stack(numbers))
     window,moments = (old.count,old.mean,old.var),(batch.mean,batch.var)
-    found,new = adapt(old.innovations, window, moments, bs, M, longest, eps)
+    found,new = adapt(old.innovations, window, moments, bs, M, longest=longest, eps=eps)
     return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
 
 def _average(norms, settings, old, batch, window, share):
@@ -452,7 +452,7 @@ class LayerSync(WindowSync):
         n,total = sums.gradients[0],sums.gradients[1:]
         n = torch.where(n>0, n, math.nan) # no rank's is finite: stays out
         G = react(total.to(own.dtype), n.to(own.dtype), saved, running, step, scale)
-        dx = how.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
+        dx = how.dx(dy, x, weight, bias, saved, G, step=step) if need_dx else None
         return dx,own[1],own[0]
 
 # %% ../nbs/09_distributed.ipynb #2aeed99e
@@ -557,7 +557,8 @@ class StepSync(WindowSync):
         "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
         self.queue()
         unpaid = saved[-1,0].clone()
-        dx,dw,db = how.backward(dy, x, weight, bias, saved, running, step, scale, need_dx)
+        dx,dw,db = how.backward(dy, x, weight, bias, saved, running, step=step, scale=scale,
+            need_dx=need_dx)
         pays = torch.is_tensor(step.running_grad) or step.running_grad
         if pays and step.update:
             sums,M = torch.stack((db, dw*(Saved(*saved).factor>0))),x.numel()//x.shape[1]

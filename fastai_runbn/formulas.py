@@ -134,7 +134,7 @@ def to_save(
     if floor is not None:
         above = (var>=floor).to(var.dtype)
         var = torch.maximum(var, floor)
-    res = Saved(mean, var, share, above, m, v, torch.ones_like(var))
+    res = Saved(mean, var, share, above, m, v, unpaid=torch.ones_like(var))
     if torch.is_tensor(step.running_grad) or step.running_grad:
         res = res._replace(factor=clip_factor(res, step)*above)
     return torch.stack(res)
@@ -153,13 +153,13 @@ def merge(
     weight = step.weight
     if step.longest is not None:
         weight,innovations = adapt(s.innovations, (s.count,s.mean,s.var), (m,v), step.samples,
-            M, step.longest, step.eps)
+            M, longest=step.longest, eps=step.eps)
     count,share = window_share(s.count, M, weight)
     mean,var = merge_moments(s.mean, s.var, m, v, share)
     ok = var<math.inf
     mean,var = torch.where(ok, mean, s.mean),torch.where(ok, var, s.var)
     avg_mean,avg_var,avg_ok = mean,var,ok
-    if own: avg_mean,avg_var,avg_ok = _average(m, v, M, old_mean, old_var, share, s, step)
+    if own: avg_mean,avg_var,avg_ok = _average((m,v,M), (old_mean,old_var), share, s, step)
     floor = floor_of(s.floors, s.seen if seen is None else seen, step)
     if step.update:
         s.skipped.add_((ok&avg_ok).all().logical_not())
@@ -175,10 +175,11 @@ def merge(
         if s.known_mean is not None:
             s.known_mean.copy_(s.avg_mean)
             s.known_var.copy_(s.avg_var)
-    return to_save(mean, var, share*ok, m, v, floor, step)
+    return to_save(mean, var, share*ok, m, v, floor, step=step)
 
-def _average(m, v, M, mean, var, share, s, step):
-    "Mean and variance for evaluation with a batch merged in, and where they are finite"
+def _average(batch, old, share, s, step):
+    "Mean and variance for evaluation with a batch merged into the `old` ones, and where they are finite"
+    (m,v,M),(mean,var) = batch,old
     momentum,t = step.momentum,s.steps+1-head_start
     if type(momentum) is AutoMomentum: share = average_share(t, step.average, share)
     elif momentum is None: share = 1/torch.minimum(t, s.batches+1)
@@ -302,8 +303,8 @@ class Formulas:
         need_dx:bool=True, # Is the gradient of `x` wanted?
     )->tuple: # That gradient or `None`, those of weight and bias
         "Gradients, through what is normalised with too; updates the running gradient"
-        G,sums = cls.reaction(dy, x, weight, bias, saved, running, step, scale)
-        dx = cls.dx(dy, x, weight, bias, saved, G, step) if need_dx else None
+        G,sums = cls.reaction(dy, x, weight, bias, saved, running, step=step, scale=scale)
+        dx = cls.dx(dy, x, weight, bias, saved, G, step=step) if need_dx else None
         return dx,sums[1],sums[0]
 
     @classmethod

@@ -95,9 +95,10 @@ def to_operator(
 
 def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped, inclusive, update,
                    clip, clip_max, longest):
-    return Step(samples, weight, average, auto_momentum if auto else momentum,
-        0. if paid is None else paid, eps, clamped, inclusive, update, None, clip, clip_max,
-        longest)
+    if auto: momentum = auto_momentum
+    if paid is None: paid = 0.
+    return Step(samples, weight, average, momentum, paid, eps, clamped=clamped, inclusive=inclusive,
+        update=update, clip=clip, clip_max=clip_max, longest=longest)
 
 def _statistics(x, *args):
     *args,backend = args
@@ -111,7 +112,7 @@ def _reaction(dy, x, saved, running, scale, *step):
     *step,backend = step
     state = State(*[running]*9, running[0], running)
     how,step = implementation(x, state, backend),_from_operator(*step)
-    return how.reaction(dy, x, None, None, saved, running, step, scale)
+    return how.reaction(dy, x, None, None, saved, running, step=step, scale=scale)
 
 def _statistics_meta(x, mean, *_): return mean.new_empty((7,x.shape[1]))
 def _reaction_meta(dy, x, saved, *_): return [saved.new_empty((2,x.shape[1])) for _ in range(2)]
@@ -205,7 +206,7 @@ class OwnWindow:
     def state(self, layer): return layer.state()
     def forward(self, layer, how, x, weight, bias, state, step):
         return how.forward(x, weight, bias, state, step)
-    def backward(self, layer, how, *args): return how.backward(*args)
+    def backward(self, layer, how, *args, **kwargs): return how.backward(*args, **kwargs)
 
 own_window = OwnWindow()
 
@@ -251,8 +252,8 @@ def _gradients(ctx, dy, x, weight, bias, saved=None):
         saved = ctx.saved
         if pays: scale = LossScale.of(said, x, running)
     elif pays and isinstance(said, Tensor): scale = said
-    dx,dweight,dbias = keeper.backward(
-        layer, how, dy, x, weight, bias, saved, running, step, scale, need_x)
+    dx,dweight,dbias = keeper.backward(layer, how, dy, x, weight, bias, saved=saved,
+        running=running, step=step, scale=scale, need_dx=need_x)
     if paid is not None: paid()
     if not need_w: dweight = None
     elif dweight.dtype is not weight.dtype: dweight = dweight.to(weight.dtype)
@@ -288,7 +289,7 @@ def running_norm(
     if call.state is not None: # so that what follows may change the result in place
         return RunningNorm.apply(x, weight, bias, [None], None, call),None
     how,step = call.how,call.step
-    if saved is None: y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state, step)
+    if saved is None: y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state=state, step=step)
     else:
         with torch.no_grad(): y = how.normalize(x, weight, bias, saved, step)
     return _apply(x, weight, bias, [y], saved, call),saved

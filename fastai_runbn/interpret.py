@@ -294,7 +294,8 @@ def _share(m, bs):
     if isinstance(m.window, AdaptiveWindow): # the median of what channels give it
         M,moments = values*bs/samples if samples else n,(m.window_mean,m.window_var)
         window = m.window_count,*moments
-        a,_ = adapt(m.window_innovations, window, moments, bs, M, m.window.samples, m.eps)
+        a,_ = adapt(m.window_innovations, window, moments, bs, M, longest=m.window.samples,
+            eps=m.eps)
         return window_share(m.window_count, M, a)[1].median().item()
     young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
     for _ in range(6):                # the weight is a function of M in turn

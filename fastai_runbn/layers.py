@@ -231,16 +231,16 @@ _rows_are_not_samples = ("{} got {} rows, `(N,C)` with C={}, which is taken for 
     "points. Where that is not so, say how many samples a batch has: `set_batch_size(model, n)`, or train "
     "with RunBNCallback, which knows.")
 
-def _step(samples, bs, M, window, running_grad, momentum, eval_window, eps, clamped, inclusive,
-          update, act):
+def _step(samples, bs, M, window, running_grad, momentum, eval_window, eps, **kwargs):
     "A `Step` of settings and sizes"
     average = None if eval_window is None else at_most_1(bs/eval_window)
     longest = window.samples if isinstance(window, AdaptiveWindow) else None
-    return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps, clamped,
-        inclusive, update, act, longest=longest)
+    return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps,
+        longest=longest, **kwargs)
 _constants = int,float,AdaptiveWindow # settings that are no tensors, which a schedule changes
-_settings_of = itemgetter('window', 'running_grad', 'momentum', 'eval_window', 'eps', 'clamp',
-    'clamp_inclusive', 'track_running_stats', 'backend')
+_that_matter = ('window','running_grad','momentum','eval_window','eps','clamp','clamp_inclusive',
+    'track_running_stats','backend')
+_settings_of = itemgetter(*_that_matter)
 
 class RunningBatchNormMixin(WindowBuffers):
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
@@ -312,7 +312,8 @@ class RunningBatchNormMixin(WindowBuffers):
         mean,var = self._buffers['running_mean'],self._buffers['running_var']
         taken = mean is None and var is None # away, as some test-time adaptation does
         if taken or not self.training or not (x.numel() or self.keeper.takes_empty):
-            return F.batch_norm(x, mean, var, self.weight, self.bias, taken, 0., self.eps)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=taken, momentum=0.,
+            eps=self.eps)
         if x.shape[1]!=self.num_features:
             raise RuntimeError(f'{type(self).__name__} of {self.num_features} channels got '
                 f'{x.shape[1]}, in an input of shape {tuple(x.shape)}')
@@ -365,8 +366,9 @@ class RunningBatchNormMixin(WindowBuffers):
         if torch.compiler.is_compiling(): # numbers would be compiled in
             if takes_tensors(window):
                 sizes = [self.window_mean.new_full((), n) for n in sizes]
-        return _step(bs, *sizes, window, self.running_grad, self.momentum, self.eval_window,
-            self.eps, bool(self.clamp), self.clamp_inclusive, not self.is_held(), act)
+        return _step(bs, *sizes, window, self.running_grad, momentum=self.momentum,
+            eval_window=self.eval_window, eps=self.eps, clamped=bool(self.clamp),
+            inclusive=self.clamp_inclusive, update=not self.is_held(), act=act)
 
     def is_held(self)->bool:
         "Do training forwards leave all state as it is? By `momentum=0`, or without tracking"

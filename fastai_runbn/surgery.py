@@ -198,7 +198,10 @@ def _row(names, m, include, exclude, filter_fn):
     else:       to,status = (None,'left alone') if why else (norm_twin(old),'convertible')
     skipped = int(m.skipped_batches) if running and not m.skipped_batches.is_meta else 0
     rows,samples,_ = (running and m.last_batch) or (0,0,0)
-    return NormRow(names[0], old.__name__, to.__name__ if to else '', getattr(m, 'num_features', None), status, why, skipped, *((rows,samples) if rows!=samples else ()))
+    if rows==samples: rows = samples = 0 # nothing to tell
+    return NormRow(name=names[0], type=old.__name__, to=to.__name__ if to else '',
+        channels=getattr(m, 'num_features', None), status=status, why=why, skipped=skipped,
+        points=rows, samples=samples)
 
 # %% ../nbs/06_surgery.ipynb #ece36215
 def to_runbn(

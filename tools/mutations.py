@@ -142,7 +142,7 @@ mutations = [
     ('the gap over sums that are not centred', 'interpret', "(s['square']-s['mean']**2/s['count'])",
         "s['square']", looks),
     ("the table's ρ is the weight of the batch", 'interpret',
-        'return float(a*M/((1-a)*n+a*M)),float(M)', 'return float(a),float(M)', looks),
+        'return float(a*M/((1-a)*n+a*M))', 'return float(a)', looks),
     ('floor hits counted with the batch at hand', 'interpret',
         'm.samples_seen if m.clamp_inclusive else m.samples_seen-bs', 'm.samples_seen', looks),
     ('margins of tiles looked at', 'interpret', '((i<margin) | (i>=s-margin))', '(i<0)', tiles),

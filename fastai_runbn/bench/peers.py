@@ -30,7 +30,8 @@ class BatchRenormMixin:
         d_end:int=25_000, # Step at which d's limit is there, having grown evenly from 0
     ):
         if not track_running_stats: raise ValueError(f"{type(self).__name__}: track_running_stats=False, but it normalises with running statistics; leave it True.")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device,
+            dtype=dtype)
         self.r_max,self.d_max,self.start,self.r_end,self.d_end = r_max,d_max,start,r_end,d_end
 
     def limits(self)->tuple: # `r_max` and `d_max` of this step, tensors
@@ -46,7 +47,7 @@ class BatchRenormMixin:
         self._check_input_dim(x)
         r,d = self._correct(x)
         w,b = (r,d) if self.weight is None else (self.weight*r, self.weight*d+self.bias)
-        return F.batch_norm(x, None, None, w, b, True, 0., self.eps)
+        return F.batch_norm(x, None, None, w, b, training=True, momentum=0., eps=self.eps)
 
     @torch.no_grad()
     def _correct(self, x):
@@ -110,7 +111,8 @@ class MABNMixin:
         r_start:int=1000, # Steps with r=1
     ):
         if not track_running_stats: raise ValueError(f"{type(self).__name__}: track_running_stats=False, but it normalises with running statistics; leave it True.")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device,
+            dtype=dtype)
         self.window,self.r_max,self.warmup,self.r_start = window,r_max,warmup,r_start
         for name in ('recent_chi2','recent_psi'): self.register_buffer(name, self.running_var.new_zeros(window, num_features))
 

@@ -640,7 +640,7 @@ _looks = { # chkstyle: ignore-node, a table
     'lesson 10':('#56b4e9','d','-'), 'ours, filters free':('#0072b2','X','--'),
     'ours':('#0072b2','*','-')}
 
-def _figure(df, title, path, draw, xlabel, ylabel, log=None, ticks=()):
+def _figure(df, title, path, draw, *, xlabel, ylabel, log=None, ticks=()):
     "A figure with `draw(ax, rows, look)` for each contender's rows, and a legend below; `log`: base of the x axis"
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8,5.2), layout='constrained')
@@ -677,7 +677,8 @@ def plot_sizes(
         mean,sd = _stats(_at_best(rows), 'bs')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
     df = df[df.regime==regime]
-    return _figure(df, regimes[regime].what, path, draw, 'training batch size', _score_name(regime), 2, sorted(set(df.bs)))
+    return _figure(df, regimes[regime].what, path, draw, xlabel='training batch size',
+        ylabel=_score_name(regime), log=2, ticks=sorted(set(df.bs)))
 
 def plot_rates(
     df:pd.DataFrame, # Rows of `trial`
@@ -691,7 +692,8 @@ def plot_rates(
         mean,sd = _stats(rows, 'lr')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
     df = df[(df.regime==regime) & (df.bs==bs)]
-    return _figure(df, f'{regimes[regime].what}, batch size {bs}', path, draw, 'learning rate', _score_name(regime), 10, regimes[regime].rates)
+    return _figure(df, f'{regimes[regime].what}, batch size {bs}', path, draw, xlabel='learning rate',
+        ylabel=_score_name(regime), log=10, ticks=regimes[regime].rates)
 
 def plot_curves(
     df:pd.DataFrame, # Rows of `trial`
@@ -705,7 +707,8 @@ def plot_curves(
         curves = pd.DataFrame(rows[rows.lr==best_rate(rows)].curve.tolist()).mean()
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.plot(range(1, len(curves)+1), curves, **look)
-    return _figure(df[(df.regime==regime) & (df.bs==bs)], f'{regimes[regime].what}, batch size {bs}', path, draw, 'epoch', _score_name(regime))
+    return _figure(df[(df.regime==regime) & (df.bs==bs)], f'{regimes[regime].what}, batch size {bs}', path, draw,
+        xlabel='epoch', ylabel=_score_name(regime))
 
 def plot_gap(
     df:pd.DataFrame, # Rows of `trial`
@@ -719,7 +722,8 @@ def plot_gap(
         ax.plot(gap.index, gap, **look)
         ax.set_yscale('symlog', linthresh=.1)
     df = df[df.regime==regime]
-    fig = _figure(df, regimes[regime].what, None, draw, 'training batch size', 'loss, evaluation less training mode', 2, sorted(set(df.bs)))
+    fig = _figure(df, regimes[regime].what, None, draw, xlabel='training batch size',
+        ylabel='loss, evaluation less training mode', log=2, ticks=sorted(set(df.bs)))
     fig.axes[0].axhline(0, color='black', lw=.8)
     if path: fig.savefig(path, dpi=110)
     return fig

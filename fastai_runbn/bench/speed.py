@@ -34,7 +34,7 @@ class _ByPython(Function):
     "BatchNorm's own two operators, called by an autograd function in Python"
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var):
-        y,*saved = torch.native_batch_norm(x, weight, bias, mean, var, True, .1, 1e-5)
+        y,*saved = torch.native_batch_norm(x, weight, bias, mean, var, training=True, momentum=.1, eps=1e-5)
         ctx.save_for_backward(x, weight, mean, var, *saved)
         return y
     @staticmethod
@@ -55,7 +55,9 @@ class _SyncAlone(nn.SyncBatchNorm):
         if not x.is_cuda: raise NotImplementedError('does not run on the CPU')
         if not dist.is_initialized(): dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1)
         self.num_batches_tracked.add_(1)
-        return SyncBatchNorm.apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, self.momentum, dist.group.WORLD, 1)
+        group = dist.group.WORLD,1 # and its size
+        statistics = self.running_mean,self.running_var,self.eps,self.momentum
+        return SyncBatchNorm.apply(x, self.weight, self.bias, *statistics, *group)
 
 # %% ../../nbs/12_bench.speed.ipynb #80e90dbb
 contenders = { # name: makes a layer of C channels for `(N,C,H,W)`, and for `(N,C,D,H,W)`
@@ -270,7 +272,9 @@ def bench_layer(
     bandwidth:float=None, # Of `copy_bandwidth`, for the share of the roofline
 )->pd.DataFrame: # Of `columns`, three rows a contender: 'forward', 'backward', 'both'
     "Time one case: all contenders on the same inputs, interleaved; who cannot run has a row with the reason"
-    with _threads(threads) as threads: return _bench_layer(shape, layout, precision, threads, names, rounds, sample_ms, device, bandwidth)
+    with _threads(threads) as threads:
+        return _bench_layer(shape, layout, precision, threads, names, rounds=rounds,
+            sample_ms=sample_ms, device=device, bandwidth=bandwidth)
 
 @contextmanager
 def _threads(n):
