@@ -42,7 +42,7 @@ class SyncBatchNormParts(Formulas):
 
     @classmethod
     def dx(cls, dy, x, weight, bias, saved, G, step):
-        if step.act is not None: return super().dx(dy, x, weight, bias, saved, G, step)
+        if step.act is not None: return super().dx(dy, x, weight, bias, saved, G=G, step=step)
         weight = weight if weight is None else weight.to(saved.dtype)
         rstd = (saved[1]+step.eps).rsqrt_()
         one = torch.ones(1, dtype=torch.int32, device=x.device)

@@ -169,7 +169,8 @@ def merge(phases, step, x, last, tensors, state):
         changes = {k:as_statistics(t, T) for k,t in state._asdict().items() if narrow(t)}
         wide = State(*state)._replace(**changes)
         where = addresses(wide)
-    call(kernels.runbn_forward, phases, step, x, last, tensors, where, len(state.floors))
+    call(kernels.runbn_forward, phases, step, x, last, tensors=tensors, state=where,
+        floors=len(state.floors))
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
@@ -208,7 +209,8 @@ class Kernels(Formulas):
         tensors = like(dy, x_, last),weight,bias,dx,saved,dbias,dweight,G
         state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0,0
         if scale is None: scale = 1.
-        call(kernels.runbn_backward, phases, step, x_, last, tensors, state, 0, scale)
+        call(kernels.runbn_backward, phases, step, x_, last, tensors=tensors, state=state,
+            floors=0, scale=scale)
         if grad is running: increment_version(running)
         elif running is not None: running.copy_(grad)
         return dx if dx.dtype is x.dtype else dx.to(x.dtype),dweight,dbias
@@ -225,32 +227,35 @@ class Kernels(Formulas):
 
     @classmethod
     def sums(cls, dy, x, weight, bias, saved, step):
-        return torch.stack(cls._backward(SUMS, dy, x, weight, bias, saved, step)[:0:-1])
+        return torch.stack(cls._backward(SUMS, dy, x, weight, bias, saved=saved, step=step)[:0:-1])
 
     @classmethod
     def dx(cls, dy, x, weight, bias, saved, G, step):
         G = as_statistics(G, saved.dtype)
-        return cls._backward(DX, dy, x, weight, bias, saved, step, G=G)[0]
+        return cls._backward(DX, dy, x, weight, bias, saved=saved, step=step, G=G)[0]
 
     @classmethod
     def forward(cls, x, weight, bias, state, step):
         saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
-        return cls._forward(MOMENTS|MERGE|NORMALIZE, x, weight, bias, saved, step, state),saved
+        return cls._forward(MOMENTS|MERGE|NORMALIZE, x, weight, bias, saved, step=step,
+            state=state),saved
 
     @classmethod
     def statistics(cls, x, state, step):
         saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
-        cls._forward(MOMENTS|MERGE, x, None, None, saved, step, state)
+        cls._forward(MOMENTS|MERGE, x, None, None, saved, step=step, state=state)
         return saved
 
     @classmethod
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
         phases = SUMS|REACT|DX*need_dx
-        grads = cls._backward(phases, dy, x, weight, bias, saved, step, running, scale=scale)
+        grads = cls._backward(phases, dy, x, weight, bias, saved=saved, step=step, running=running,
+            scale=scale)
         return grads if need_dx else (None,*grads[1:])
 
     @classmethod
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
         G = torch.empty((2,x.shape[1]), dtype=saved.dtype)
-        sums = cls._backward(SUMS|REACT, dy, x, weight, bias, saved, step, running, G, scale)
+        sums = cls._backward(SUMS|REACT, dy, x, weight, bias, saved=saved, step=step,
+            running=running, G=G, scale=scale)
         return G,torch.stack(sums[:0:-1])

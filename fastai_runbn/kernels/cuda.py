@@ -93,13 +93,13 @@ def _in_registers(v, ok, M):
 @triton.jit
 def _in_turns(x, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr):
     "The same of values `lo` to `hi`: Welford's in each lane, and Chan's over the lanes"
-    one,there = _tile(lo, lo+1, c, C, S, 1, LAST)
+    one,there = _tile(lo, lo+1, c, C, S, BLOCK=1, LAST=LAST)
     near = _read(x, one, there) # the first
     mean = tl.zeros((BLOCK,c.shape[0]), tl.float32)
     squares = tl.zeros((BLOCK,c.shape[0]), tl.float32)
     turns = 0.
     for i in range(lo, hi, BLOCK):
-        at,ok = _tile(i, hi, c, C, S, BLOCK, LAST)
+        at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
         v = _read(x, at, ok)-near
         turns += 1.
         d = tl.where(ok, v-mean, 0.)
@@ -202,11 +202,13 @@ def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:t
     tell,new = 0,c<0
     if to_known_mean is not None:
         mean,var,count,steps,seen,tell,new = _follow((mean,var,count), (avg_mean,avg_var,steps),
-            (to_known_mean,to_known_var), batches, seen, grad, innovations, c, C)
+            (to_known_mean,to_known_var), batches, seen, grad=grad, innovations=innovations, c=c,
+                C=C)
     # the window
     if ADAPTIVE & FLAGS:
-        a = _adapt(m, v, mean, var, count, innovations, c, C, M, samples*1., longest, eps, new,
-            FLAGS)
+        a = _adapt(m, v, mean, var, count, innovations=innovations, c=c, C=C, M=M, bs=samples*1.,
+            longest=longest, eps=eps, new=new,
+            FLAGS=FLAGS)
     elif WEIGHTS & IN_MEMORY: a = _per_channel(a, c, C, 1.)
     else: a = _number(a, WEIGHT & IN_MEMORY)
     n = (1.-a)*tl.where(count<-.5, M*1., count)+a*M
@@ -291,7 +293,7 @@ def _write_y(x, y, k, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr, AC
     "Normalise values `lo` to `hi`"
     mean,scale,shift = k
     for i in range(lo, hi, BLOCK):
-        at,ok = _tile(i, hi, c, C, S, BLOCK, LAST)
+        at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
         z = (_read(x, at, ok)-mean[None,:])*scale[None,:] + shift[None,:]
         tl.store(y+at, _active(z, ACT), mask=ok)
 
@@ -304,7 +306,8 @@ def _finish(m, squares, c, C, M, saved, tickets, state, numbers, IN_MEMORY:tl.co
     _put(saved+5*C, c, C, v)
     mean,var = m,v
     if MERGE & PHASES:
-        mean,var,tell = _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY, FLAGS)
+        mean,var,tell = _merge(m, v, c, C, M, saved=saved, state=state, numbers=numbers,
+            IN_MEMORY=IN_MEMORY, FLAGS=FLAGS)
         _count_batch(tell, tickets, state, numbers[7], FLAGS)
     return mean,var
 
@@ -325,26 +328,29 @@ def runbn_forward(x, y, saved, weight, bias,
     numbers = a,average,momentum,eps,clip,clip_max,longest,samples,last_floor
     lo,hi = k*chunk,tl.minimum(M, (k+1)*chunk)
     if ONE:
-        at,ok = _tile(0, M, c, C, S, BLOCK, LAST)
+        at,ok = _tile(0, M, c, C, S, BLOCK=BLOCK, LAST=LAST)
         values = _read(x, at, ok)
         m,squares = _in_registers(values, ok, M)
-    else: m,squares = _in_turns(x, lo, hi, c, C, S, BLOCK, LAST)
+    else: m,squares = _in_turns(x, lo, hi, c, C, S=S, BLOCK=BLOCK, LAST=LAST)
     if CHUNKS==1:
-        used_mean,used_var = _finish(m, squares, c, C, M, saved, tickets, state, numbers,
-            IN_MEMORY, PHASES, FLAGS)
+        used_mean,used_var = _finish(m, squares, c, C, M, saved=saved, tickets=tickets,
+            state=state, numbers=numbers,
+            IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
         if NORMALIZE & PHASES:
             scale = _per_channel(weight, c, C, 1.)*tl.rsqrt(used_var+eps)
             shift = _per_channel(bias, c, C, 0.)
             if ONE:
                 z = (values-used_mean[None,:])*scale[None,:] + shift[None,:]
                 tl.store(y+at, _active(z, ACT), mask=ok)
-            else: _write_y(x, y, (used_mean,scale,shift), lo, hi, c, C, S, BLOCK, LAST, ACT)
+            else: _write_y(x, y, (used_mean,scale,shift), lo, hi, c=c, C=C, S=S, BLOCK=BLOCK,
+                LAST=LAST, ACT=ACT)
     else:
         _put(part+2*k*C, c, C, m)
         _put(part+(2*k+1)*C, c, C, squares)
         if _is_last(tickets+2+tl.program_id(0), tl.num_programs(1)):
             m,squares = _of_chunks(part, c, C, M, chunk, CHUNKS)
-            _finish(m, squares, c, C, M, saved, tickets, state, numbers, IN_MEMORY, PHASES, FLAGS)
+            _finish(m, squares, c, C, M, saved=saved, tickets=tickets, state=state,
+                numbers=numbers, IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
 
 @triton.jit
 def _affine(saved, weight, bias, eps, c, C):
@@ -361,7 +367,7 @@ def runbn_normalize(x, y, saved, weight, bias, eps, C, S, M, chunk, BLOCK:tl.con
     k = tl.program_id(1)
     mean,scale,shift,_ = _affine(saved, weight, bias, eps, c, C)
     hi = tl.minimum(M, (k+1)*chunk)
-    _write_y(x, y, (mean,scale,shift), k*chunk, hi, c, C, S, BLOCK, LAST, ACT)
+    _write_y(x, y, (mean,scale,shift), k*chunk, hi, c=c, C=C, S=S, BLOCK=BLOCK, LAST=LAST, ACT=ACT)
 
 # %% ../../nbs/03_kernels.cuda.ipynb #bfb96ee1
 @triton.jit
@@ -381,7 +387,7 @@ def _dx_of(dz, d, k, G1, G2):
 def _write_dx(dy, x, dx, k, G1, G2, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr,
               ACT:tl.constexpr):
     for i in range(lo, hi, BLOCK):
-        at,ok = _tile(i, hi, c, C, S, BLOCK, LAST)
+        at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
         dz,d = _gradient(dy, x, at, ok, k, ACT)
         tl.store(dx+at, _dx_of(dz, d, k, G1, G2), mask=ok)
 
@@ -414,7 +420,8 @@ def _finish_backward(s1, s2, c, C, M, saved, grad, G, dbias, dweight, pays, scal
     _put(dweight, c, C, s2)
     G1,G2 = s1,s2
     if REACT & PHASES:
-        G1,G2 = _react(s1, s2, c, C, M, saved, grad, pays, scale, IN_MEMORY, FLAGS)
+        G1,G2 = _react(s1, s2, c, C, M, saved=saved, grad=grad, pays=pays, scale=scale,
+            IN_MEMORY=IN_MEMORY, FLAGS=FLAGS)
         if G is not None:
             _put(G, c, C, G1)
             _put(G+C, c, C, G2)
@@ -433,24 +440,26 @@ def runbn_backward(dy, x, dx, saved, weight, bias, grad, G, dbias, dweight, part
     how = mean,own,shift,rstd
     lo,hi = k*chunk,tl.minimum(M, (k+1)*chunk)
     if ONE:
-        at,ok = _tile(0, M, c, C, S, BLOCK, LAST)
+        at,ok = _tile(0, M, c, C, S, BLOCK=BLOCK, LAST=LAST)
         dz,d = _gradient(dy, x, at, ok, how, ACT)
         s1,s2 = tl.sum(dz, 0),tl.sum(dz*d, 0)
     else:
         sum1 = tl.zeros((BLOCK,CHANNELS), tl.float32)
         sum2 = tl.zeros((BLOCK,CHANNELS), tl.float32)
         for i in range(lo, hi, BLOCK):
-            at,ok = _tile(i, hi, c, C, S, BLOCK, LAST)
+            at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
             dz,d = _gradient(dy, x, at, ok, how, ACT)
             sum1 += dz
             sum2 += dz*d
         s1,s2 = tl.sum(sum1, 0),tl.sum(sum2, 0)
     if CHUNKS==1:
-        G1,G2 = _finish_backward(s1, s2*rstd, c, C, M, saved, grad, G, dbias, dweight, pays, scale,
-            IN_MEMORY, PHASES, FLAGS)
+        G1,G2 = _finish_backward(s1, s2*rstd, c, C, M, saved=saved, grad=grad, G=G, dbias=dbias,
+            dweight=dweight, pays=pays, scale=scale,
+            IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
         if DX & PHASES:
             if ONE: tl.store(dx+at, _dx_of(dz, d, how, G1, G2), mask=ok)
-            else: _write_dx(dy, x, dx, how, G1, G2, lo, hi, c, C, S, BLOCK, LAST, ACT)
+            else: _write_dx(dy, x, dx, how, G1, G2=G2, lo=lo, hi=hi, c=c, C=C, S=S, BLOCK=BLOCK,
+                LAST=LAST, ACT=ACT)
     else:
         _put(part+2*k*C, c, C, s1)
         _put(part+(2*k+1)*C, c, C, s2)
@@ -460,8 +469,9 @@ def runbn_backward(dy, x, dx, saved, weight, bias, grad, G, dbias, dweight, part
             at = part + 2*j[:,None]*C + c[None,:]
             s1 = tl.sum(tl.load(at, mask=ok, other=0., cache_modifier='.cg'), 0)
             s2 = tl.sum(tl.load(at+C, mask=ok, other=0., cache_modifier='.cg'), 0)
-            _finish_backward(s1, s2*rstd, c, C, M, saved, grad, G, dbias, dweight, pays, scale,
-                IN_MEMORY, PHASES, FLAGS)
+            _finish_backward(s1, s2*rstd, c, C, M, saved=saved, grad=grad, G=G, dbias=dbias,
+                dweight=dweight, pays=pays, scale=scale,
+                IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
 
 @triton.jit(do_not_specialize_on_alignment=unaligned)
 def runbn_input_gradient(dy, x, dx, saved, weight, bias, G, eps, C, S, M, chunk,
@@ -472,7 +482,8 @@ def runbn_input_gradient(dy, x, dx, saved, weight, bias, G, eps, C, S, M, chunk,
     k = tl.program_id(1)
     mean,scale,shift,rstd = _affine(saved, weight, bias, eps, c, C)
     G1,G2,hi = _per_channel(G, c, C, 0.),_per_channel(G+C, c, C, 0.),tl.minimum(M, (k+1)*chunk)
-    _write_dx(dy, x, dx, (mean,scale,shift,rstd), G1, G2, k*chunk, hi, c, C, S, BLOCK, LAST, ACT)
+    _write_dx(dy, x, dx, (mean,scale,shift,rstd), G1, G2=G2, lo=k*chunk, hi=hi, c=c, C=C, S=S,
+        BLOCK=BLOCK, LAST=LAST, ACT=ACT)
 
 # %% ../../nbs/03_kernels.cuda.ipynb #59e0d008
 class Blocks(NamedTuple):
@@ -666,19 +677,20 @@ class TritonKernels(Formulas):
         constants = *how.whole,in_memory,phases,*how.options
         how.launch(runbn_backward, (_aligned(x, dy),*kinds), args, constants)
         if running is not None and step.update: increment_version(running)
-        if later: dx = cls.dx(dy, x, weight, bias, saved, G, step)
+        if later: dx = cls.dx(dy, x, weight, bias, saved, G=G, step=step)
         return dx,dweight,dbias
 
     @or_formulas
     def moments(cls, x):
         (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
-        cls._forward(cpu.MOMENTS, x, last, None, None, saved, _step)
+        cls._forward(cpu.MOMENTS, x, last, None, None, saved=saved, step=_step)
         return saved[4],saved[5]
 
     @or_formulas
     def statistics(cls, x, state, step):
         (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
-        cls._forward(cpu.MOMENTS|cpu.MERGE, x, last, None, None, saved, step, state)
+        cls._forward(cpu.MOMENTS|cpu.MERGE, x, last, None, None, saved=saved, step=step,
+            state=state)
         return saved
 
     @or_formulas
@@ -693,19 +705,21 @@ class TritonKernels(Formulas):
     def forward(cls, x, weight, bias, state, step):
         (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
         phases = cpu.MOMENTS|cpu.MERGE|cpu.NORMALIZE
-        return cls._forward(phases, x, last, weight, bias, saved, step, state),saved
+        return cls._forward(phases, x, last, weight, bias, saved=saved, step=step,
+            state=state),saved
 
     @or_formulas
     def sums(cls, dy, x, weight, bias, saved, step):
         (x,last),sums = readable(x, half=True),torch.empty_like(saved[:2])
-        cls._backward(cpu.SUMS, dy, x, last, weight, bias, saved, step, sums=sums)
+        cls._backward(cpu.SUMS, dy, x, last, weight, bias=bias, saved=saved, step=step, sums=sums)
         return sums
 
     @or_formulas
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
         (x,last),phases = readable(x, half=True),cpu.SUMS|cpu.REACT
         G,sums = torch.empty_like(saved[:2]),torch.empty_like(saved[:2])
-        cls._backward(phases, dy, x, last, weight, bias, saved, step, running, G, scale, sums)
+        cls._backward(phases, dy, x, last, weight, bias=bias, saved=saved, step=step,
+            running=running, G=G, scale=scale, sums=sums)
         return G,sums
 
     @or_formulas
@@ -721,6 +735,7 @@ class TritonKernels(Formulas):
     @or_formulas
     def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
         (x,last),phases = readable(x, half=True),cpu.SUMS|cpu.REACT|cpu.DX*need_dx
-        return cls._backward(phases, dy, x, last, weight, bias, saved, step, running, None, scale)
+        return cls._backward(phases, dy, x, last, weight, bias=bias, saved=saved, step=step,
+            running=running, G=None, scale=scale)
 
 _step = KeptStep(1, 1.) # where its numbers do not matter
