@@ -36,8 +36,9 @@ class SyncBatchNormParts(Formulas):
     def sums(cls, dy, x, weight, bias, saved, step):
         if step.act is not None: return super().sums(dy, x, weight, bias, saved, step)
         rstd = (saved[1]+step.eps).rsqrt_()
+        wanted = True,False,False # sums, but not the gradients of weight and bias
         sum_dy,sum_dy_xmu,_,_ = torch.batch_norm_backward_reduce(_laid_out_as(dy, x), x, saved[0],
-            rstd, weight, True, False, False)
+            rstd, weight, *wanted)
         return torch.stack((sum_dy, sum_dy_xmu*rstd))
 
     @classmethod
@@ -46,8 +47,8 @@ class SyncBatchNormParts(Formulas):
         weight = weight if weight is None else weight.to(saved.dtype)
         rstd = (saved[1]+step.eps).rsqrt_()
         one = torch.ones(1, dtype=torch.int32, device=x.device)
-        return torch.batch_norm_backward_elemt(_laid_out_as(dy, x), x, saved[0], rstd, weight,
-            G[0].contiguous(), G[1]/rstd, one)
+        sums = G[0].contiguous(),G[1]/rstd,one
+        return torch.batch_norm_backward_elemt(_laid_out_as(dy, x), x, saved[0], rstd, weight, *sums)
 
 def _laid_out_as(dy, x):
     return dy if dy.stride()==x.stride() else torch.empty_like(x).copy_(dy)

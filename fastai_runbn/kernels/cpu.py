@@ -101,9 +101,11 @@ def plan(step, shape, dtype, last)->bytes:
     if made is not None and made[0]==key: return made[1]
     weight,(N,C,*rest) = step.weight,shape
     if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
-    res = pack_plan(_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
-        step.samples, flags_of(step), weight, step.average or 0., step.momentum or 0., step.eps,
-        step.clip, step.clip_max, float(step.running_grad), float(step.longest or 0.))
+    whole = (_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
+        step.samples, flags_of(step))
+    real = (weight, step.average or 0., step.momentum or 0., step.eps, step.clip, step.clip_max,
+        float(step.running_grad), float(step.longest or 0.))
+    res = pack_plan(*whole, *real)
     if type(step) is KeptStep: step.plan = key,res
     return res
 
@@ -125,8 +127,8 @@ def call(
     weights = none
     if isinstance(step.weight, Tensor) and step.weight.numel()>1:
         weights = as_statistics(step.weight, tensors[4].dtype)
-    res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, parallel,
-        x.data_ptr(), *map(address, tensors), weights.data_ptr(), *state))
+    places = parallel,x.data_ptr(),*map(address, tensors),weights.data_ptr(),*state
+    res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, *places))
     if res==NO_MEMORY: raise MemoryError(_no_memory.format(tuple(x.shape)))
     return res
 

@@ -522,7 +522,7 @@ def blocks(
         chunks = min(64, triton.cdiv(4*processors, programs), triton.cdiv(M, 2*block))
         chunk = triton.cdiv(triton.cdiv(M, chunks), block)*block
         chunks = triton.cdiv(M, chunk)
-    return Blocks(M, S, last, block, channels, warps, one, chunks, chunk)
+    return Blocks(M, S, last, block, channels, warps, one=one, chunks=chunks, chunk=chunk)
 
 @lru_cache(None)
 def processors(device)->int:
@@ -557,8 +557,8 @@ class Plan:
         if found is None: self.compiled[key] = self.first_launch(kernel, args, constants)
         else:
             run,function,metadata = found
-            run(*self.grid, current_stream(index), function, metadata, None, None, None,
-                *args, *constants)
+            hooks = None,None,None # launch metadata, and what to call on entry and exit
+            run(*self.grid, current_stream(index), function, metadata, *hooks, *args, *constants)
 
     def first_launch(self, kernel, args, constants):
         "Launch by Triton's own way, 40 to 70 us; what to launch the next time, in 5"
