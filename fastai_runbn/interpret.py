@@ -6,6 +6,7 @@
 __all__ = ['RunBNRecorder', 'RunBNInterpretation']
 
 # %% ../nbs/11_interpret.ipynb #7c99da19
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
@@ -13,6 +14,7 @@ import itertools,math,torch
 import pandas as pd, matplotlib.pyplot as plt
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
+from fastcore.basics import listify
 from fastai.callback.core import Callback
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
@@ -22,8 +24,11 @@ from .surgery import surgery_report
 # %% ../nbs/11_interpret.ipynb #59a1e2d1
 def _unwrapped(model):
     "The model in a compiled or data parallel one"
-    while (inner:=getattr(model, '_orig_mod', None) or (model.module if type(model).__name__.endswith('DataParallel') else None)) is not None: model = inner
+    if hasattr(model, '_orig_mod'): return _unwrapped(model._orig_mod)
+    if type(model).__name__.endswith('DataParallel'): return _unwrapped(model.module)
     return model
+
+def _listed(names): return ', '.join(map(repr, names))
 
 def _norms(model, cls=RunningBatchNormMixin):
     "The layers of class `cls` in `model`, by name"
@@ -70,8 +75,9 @@ class RunBNRecorder(Callback):
 
     def _record(self, name, m):
         every = max(1, m.num_features//self.channels)
-        stats = [getattr(m, s)[::every][:self.channels] for s in ('window_mean','window_var','running_mean','running_var')]
-        self.history.setdefault(name, []).append((self.batches+1, torch.stack([s.to(m.window_mean.dtype) for s in stats])))
+        stats = m.window_mean,m.window_var,m.running_mean,m.running_var
+        stats = [s[::every][:self.channels].to(m.window_mean.dtype) for s in stats]
+        self.history.setdefault(name, []).append((self.batches+1, torch.stack(stats)))
 
 # %% ../nbs/11_interpret.ipynb #12b9e6a3
 def _data(dls, ds_idx=1):
@@ -87,14 +93,16 @@ class RunBNInterpretation:
     "What the running norms of `model` see; looks at the model and changes nothing in it"
     def __init__(self,
         model:nn.Module, # With running norms
-        dls=None, # `DataLoaders`, the validation set of which is taken, a `DataLoader` or a list of batches; only some methods need it
+        dls=None, # `DataLoaders`, of which the validation set is taken, a `DataLoader` or a list of batches
         bs:int=None, # Batch size of training; default: that of `dls`
-        recorder:RunBNRecorder=None, # Recorded while `model` trained; only `plot_layers` and `floor_hits` need it
+        recorder:RunBNRecorder=None, # Recorded while `model` trained; for `plot_layers` and `floor_hits`
     ):
         self.model = _unwrapped(model)
         self.norms = _norms(self.model)
-        if not self.norms: raise ValueError(f"RunBNInterpretation: {type(self.model).__name__} has no running norm ({surgery_report(self.model).counts}). "
-            "Convert it with `to_runbn(model)`, or train it with `RunBNCallback()`.")
+        if not self.norms:
+            found = f'{type(self.model).__name__} has no running norm ({surgery_report(self.model).counts})'
+            raise ValueError(f"RunBNInterpretation: {found}. Convert it with `to_runbn(model)`, or "
+                "train it with `RunBNCallback()`.")
         self.dl,self.bs,self.recorder = _data(dls),bs or _bs(dls),recorder
 
     @classmethod
@@ -106,7 +114,8 @@ class RunBNInterpretation:
     ):
         "Of the model, the data and what a `RunBNRecorder` has recorded"
         recorder = next((cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)), None)
-        return cls(learn.model, _data(learn.dls, ds_idx) if dl is None else dl, bs or _bs(learn.dls), recorder)
+        if dl is None: dl = _data(learn.dls, ds_idx)
+        return cls(learn.model, dl, bs or _bs(learn.dls), recorder)
 
     @torch.no_grad()
     def table(self)->pd.DataFrame: # A row a layer
@@ -117,11 +126,15 @@ class RunBNInterpretation:
             mean,sigma = m.window_mean,m.window_var.sqrt()
             off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
             hits = self.recorder.floored.get(name) if self.recorder else None
-            rows.append(dict(layer=name, channels=m.num_features, # chkstyle: ignore-node, columns that belong together share a line
-                mean_min=mean.min().item(), mean_max=mean.max().item(), sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
+            rows.append(dict( # chkstyle: ignore-node, columns that belong together share a line
+                layer=name, channels=m.num_features,
+                mean_min=mean.min().item(), mean_max=mean.max().item(),
+                sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
                 rho=_share(m, self.bs), running_grad=float(m.running_grad),
-                floor_hits=math.nan if hits is None else int(hits), dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
-                off=off.median().item(), off_max=off.max().item(), sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
+                floor_hits=math.nan if hits is None else int(hits),
+                dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
+                off=off.median().item(), off_max=off.max().item(),
+                sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
         return pd.DataFrame(rows).set_index('layer')
 
     def gap(self,
@@ -137,7 +150,8 @@ class RunBNInterpretation:
     ):
         "Plot `gap` over the layers"
         df = self.gap(n_batches, seed)
-        _per_layer({'this layer alone':df.alone, 'all norms in training mode':df.together}, f'Training against evaluation, batch size {self.bs}')
+        series = {'this layer alone':df.alone, 'all norms in training mode':df.together}
+        _per_layer(series, f'Training against evaluation, batch size {self.bs}')
 
     @classmethod
     def compare(cls,
@@ -152,7 +166,8 @@ class RunBNInterpretation:
         for n,m in models.items():
             if not _norms(m, _BatchNorm):
                 raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
-        df = pd.DataFrame({n:_gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together for n,m in models.items()})
+        def together(m): return _gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together
+        df = pd.DataFrame({n:together(m) for n,m in models.items()})
         _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
         return df
 
@@ -238,9 +253,11 @@ class RunBNInterpretation:
     ):
         "Plot statistics of single batches, and the window's that takes them in"
         layer = next(iter(self.norms)) if layer is None else layer
-        if layer not in self.norms: raise ValueError(f"layer={layer!r}: one of {', '.join(map(repr, self.norms))} was expected.")
+        if layer not in self.norms:
+            raise ValueError(f"layer={layer!r}: one of {_listed(self.norms)} was expected.")
         m,bs = _trainer(self.norms[layer]),bs or self.bs
-        if not 0<=channel<m.num_features: raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
+        if not 0<=channel<m.num_features:
+            raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
         rows,c = [],channel
         def look(n, x, y):
             mean,var,_ = batch_moments(x)
@@ -248,24 +265,33 @@ class RunBNInterpretation:
             rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
         with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
             for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
-        if not rows: raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
-        _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), f'Layer {layer}, channel {channel}, batch size {bs}')
+        if not rows:
+            raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
+        title = f'Layer {layer}, channel {channel}, batch size {bs}'
+        _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), title)
 
     def plot_layers(self,
         layers:list=None, # Names of up to six; default: four, evenly spaced
     ):
         "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
         hist = self.recorder.history if self.recorder else {}
-        if not hist: raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
-        names = list(hist)
-        if layers is None: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)] if len(names)>4 else names
-        layers = [layers] if isinstance(layers, str) else list(layers)
-        if wrong:=[l for l in layers if l not in hist]: raise ValueError(f"layers: {wrong[0]!r} was not recorded; one of {', '.join(map(repr, names))} was expected.")
-        if not 0<len(layers)<=6: raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
-        fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained', sharex=True, squeeze=False)
+        if not hist:
+            raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
+        names = [*hist]
+        if layers is None:
+            layers = names
+            if len(names)>4: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)]
+        layers = listify(layers)
+        for l in layers:
+            if l not in hist:
+                raise ValueError(f"layers: {l!r} was not recorded; one of {_listed(names)} was expected.")
+        if not 0<len(layers)<=6:
+            raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
+        fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained',
+            sharex=True, squeeze=False)
         for l,(top,bottom) in zip(layers, axs.T):
             steps = [s for s,_ in hist[l]]
-            stats = torch.stack([h for _,h in hist[l]]).cpu()                      # (records, 4, channels)
+            stats = torch.stack([h for _,h in hist[l]]).cpu() # (records, 4, channels)
             for ax,i in ((top,0),(bottom,1)):
                 window,evaluation = [stats[:,j].sqrt() if i else stats[:,j] for j in (i,i+2)]
                 for c in range(stats.shape[2]):
@@ -274,14 +300,18 @@ class RunBNInterpretation:
             top.set_title(f'Layer {l}')
             bottom.set_xlabel('training batch')
         for ax,what in zip(axs[:,0], ('mean','standard deviation')): ax.set_ylabel(what)
-        keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in (('-','window'),('--','evaluation'))]
+        looks = ('-','window'),('--','evaluation')
+        keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in looks]
         fig.legend(handles=keys, loc='outside lower center', ncols=2)
         fig.suptitle('Statistics of some channels over training, a colour each')
 
     def suggestions(self)->list: # A line each; empty where all is well
         "Remarks on layers that look ill, and what to do"
         looked = self.recorder.looked if self.recorder else {}
-        return [s for n,row in self.table().iterrows() for s in _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)]
+        res = []
+        for n,row in self.table().iterrows():
+            res += _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)
+        return res
 
 # %% ../nbs/11_interpret.ipynb #270fa9b8
 def _share(m, bs):
@@ -289,7 +319,7 @@ def _share(m, bs):
     n = m.window_count.median().item()
     if n==0: return 1.
     rows,samples,values = m.last_batch or (0,0,0)
-    if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted, right or wrong
+    if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted
     if n<0 or bs is None: return math.nan
     if isinstance(m.window, AdaptiveWindow): # the median of what channels give it
         M,moments = values*bs/samples if samples else n,(m.window_mean,m.window_var)
@@ -297,8 +327,8 @@ def _share(m, bs):
         a,_ = adapt(m.window_innovations, window, moments, bs, M, longest=m.window.samples,
             eps=m.eps)
         return window_share(m.window_count, M, a)[1].median().item()
-    young,M = m.samples_seen<2**40, n # young: it started empty, with a count of 0, which is too small still
-    for _ in range(6):                # the weight is a function of M in turn
+    young,M = m.samples_seen<2**40,n # young: it started empty, with a count that is too small still
+    for _ in range(6):               # the weight is a function of M in turn
         a = window_weight(m.window, bs, M)
         if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
     return float(a*M/((1-a)*n+a*M))
@@ -319,33 +349,38 @@ def _training(name, m, x):
     try: return m(x)
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        raise ValueError(f"`{name}`, a {type(m).__name__}, cannot train on one value per channel, {tuple(x.shape)}: give a `bs` of 2 or more.") from None
+        raise ValueError(f"`{name}`, a {type(m).__name__}, cannot train on one value per channel, "
+            f"{tuple(x.shape)}: give a `bs` of 2 or more.") from None
 
 def _trainer(m):
     "A copy of norm `m` in training mode, without its hooks"
-    return deepcopy(m, {id(h):type(h)() for h in (m._forward_hooks,m._forward_pre_hooks,m._backward_hooks,m._backward_pre_hooks)}).train()
+    hooks = m._forward_hooks,m._forward_pre_hooks,m._backward_hooks,m._backward_pre_hooks
+    return deepcopy(m, {id(h):type(h)() for h in hooks}).train()
 
 @contextmanager
 def _hooked(norms, hook):
     "`hook(name, input, output)` after each of `norms`; what it returns, unless `None`, is the output"
-    handles = [m.register_forward_hook(lambda m, args, y, n=n: hook(n, args[0], y)) for n,m in norms.items()]
+    def of(n): return lambda m, args, y: hook(n, args[0], y)
+    handles = [m.register_forward_hook(of(n)) for n,m in norms.items()]
     try: yield
     finally:
         for h in handles: h.remove()
 
 # %% ../nbs/11_interpret.ipynb #c255d108
 def _draw(dl, bs, n, seed, device):
-    "`n` batches of `bs` samples, tuples of a model's inputs: drawn from a fastai `DataLoader`, from others as they come; no random state is changed"
+    "`n` batches of `bs` samples, tuples of a model's inputs: drawn from a fastai `DataLoader`, of others the first"
     def cut(b):
         b = tuple(b) if isinstance(b, (tuple,list)) else (b,)
         xs = b[:getattr(dl, 'n_inp', max(1, len(b)-1))]
         return [tuple(x[i:i+bs] for x in xs) for i in range(0, len(xs[0])-bs+1, bs)]
     if dl is None: raise ValueError("There is no data to look at: give `dl`, or `dls`.")
     if bs is None: raise ValueError("The batch size of training is not known: give `bs`.")
-    with no_random(seed):
+    with no_random(seed): # which changes no random state
         if hasattr(dl, 'new'): dl = dl.new(bs=bs, shuffle=True, drop_last=True, num_workers=0)
         batches = [to_device(o, device) for o in islice((o for b in dl for o in cut(b)), n)]
-    if not batches: raise ValueError(f"There is no batch of {bs} samples in the data: give another `dl` (a Learner that was exported has none), or a smaller `bs`.")
+    if not batches:
+        raise ValueError(f"There is no batch of {bs} samples in the data: give another `dl` (a Learner "
+            "that was exported has none), or a smaller `bs`.")
     return batches
 
 def _device(model): return next(iter(model.parameters())).device
@@ -354,14 +389,17 @@ def _device(model): return next(iter(model.parameters())).device
 def _channels(x): return x.detach().float().transpose(0, 1).flatten(1)
 
 def _gaps(model, batches):
-    "For each norm of `model`: root mean square of the difference between training and evaluation, in standard deviations of evaluation, alone and together with the others"
+    "Root mean square difference of training and evaluation, in σ of evaluation, each norm alone and with the others"
     norms = _norms(_unwrapped(model), _BatchNorm)
-    sums,outs = {n:dict(alone=0., together=0., square=0., mean=0., count=0) for n in norms},{n:[] for n in norms}
-    def differ(n, which, y, y_eval): sums[n][which] = sums[n][which]+(_channels(y)-_channels(y_eval)).square().sum(1)
+    sums,outs = {n:Counter() for n in norms},{n:[] for n in norms}
+    def differ(n, which, y, y_eval):
+        sums[n][which] = sums[n][which]+(_channels(y)-_channels(y_eval)).square().sum(1)
     def evaluate(n, x, y):
         y,s,flat = y.clone(),sums[n],_channels(y)
         outs[n].append(y)
-        s['square'],s['mean'],s['count'] = s['square']+flat.square().sum(1),s['mean']+flat.sum(1),s['count']+flat.shape[1]
+        s['square'] = s['square']+flat.square().sum(1)
+        s['mean'] = s['mean']+flat.sum(1)
+        s['count'] += flat.shape[1]
         differ(n, 'alone', _training(n, alone[n], x.clone()), y)
     def train(n, x, y):
         y = _training(n, together[n], x)
@@ -372,11 +410,14 @@ def _gaps(model, batches):
         for xs in batches:
             with _hooked(norms, evaluate): model(*xs)
             with _hooked(norms, train): model(*xs)
-    def ratio(s, which): return (s[which].sum()/(s['square']-s['mean']**2/s['count']).sum()).sqrt().item()
-    return pd.DataFrame({n:{w:ratio(s, w) for w in ('alone','together')} for n,s in sums.items() if s['count']}).T.rename_axis('layer')
+    def ratios(s):
+        spread = (s['square']-s['mean']**2/s['count']).sum()
+        return {w:(s[w].sum()/spread).sqrt().item() for w in ('alone','together')}
+    return pd.DataFrame({n:ratios(s) for n,s in sums.items() if s['count']}).T.rename_axis('layer')
 
 # %% ../nbs/11_interpret.ipynb #75ce013a
-_blue,_orange,_green,_sky,_purple,_yellow = _colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
+_colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
+_blue,_orange = _colours[:2]
 _marks = 'os^Dv*'
 
 def _per_layer(series, title):
@@ -385,7 +426,8 @@ def _per_layer(series, title):
     longest = max(map(len, names))
     level = longest<4 and len(names)<17
     fig,ax = plt.subplots(figsize=(6.5, 3.6+(0 if level else .08*longest)), layout='constrained')
-    for (label,s),c,mk in zip(series.items(), _colours, _marks): ax.plot(range(len(s)), s, color=c, marker=mk, ms=5, lw=1.2, label=label)
+    for (label,s),c,mk in zip(series.items(), _colours, _marks):
+        ax.plot(range(len(s)), s, color=c, marker=mk, ms=5, lw=1.2, label=label)
     every = math.ceil(len(names)/16)
     ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if level else 90)
     ax.set(xlabel='layer', ylabel='rms difference (σ of the output)', title=title, ylim=(0,None))
@@ -474,20 +516,25 @@ def _draw_seams(ax, shape, tile, starts):
 
 # %% ../nbs/11_interpret.ipynb #419d2086
 def _plot_scatter(df, mean, var, title):
-    "Statistics of batches and of the window, a column each: mean of the batch, of the window, and their variances"
-    df[[2,3]],unit = df[[2,3]].clip(lower=0)**.5,max(var, 1e-12)**.5
+    "Columns of `df`: mean of the batch, of the window, and their variances; `mean` and `var` of evaluation"
+    unit = max(var, 1e-12)**.5
+    df[[2,3]] = df[[2,3]].clip(lower=0)**.5
     fig,axs = plt.subplots(1, 2, figsize=(9,3.8), layout='constrained')
-    for ax,i,what,at in zip(axs, (0,2), ('mean','σ'), (mean,unit)):
-        for j,label,style in ((i,'one batch',dict(color=_orange, ls='', marker='o', ms=4, alpha=.6)), (i+1,'window, that batch included',dict(color=_blue, lw=2))):
-            ax.plot(range(1,len(df)+1), df[j], **style, label=f'{label} (spread {df[j].std(ddof=0)/unit:.2f} σ)')
+    one = dict(color=_orange, ls='', marker='o', ms=4, alpha=.6)
+    looks = ('one batch',one),('window, that batch included',dict(color=_blue, lw=2))
+    panels = ('Mean','mean',mean),('Standard deviation σ','σ',unit)
+    for ax,i,(title_,what,at) in zip(axs, (0,2), panels):
+        for j,(label,style) in enumerate(looks, i):
+            spread = df[j].std(ddof=0)/unit
+            ax.plot(range(1,len(df)+1), df[j], **style, label=f'{label} (spread {spread:.2f} σ)')
         ax.axhline(at, color='k', ls='--', lw=1, label='evaluation')
-        ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=what.capitalize() if what=='mean' else 'Standard deviation σ')
+        ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=title_)
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
     fig.suptitle(title)
     fig.draw_without_rendering() # the layout settles: legends change ticks, whose labels take space
 
 # %% ../nbs/11_interpret.ipynb #f83bfb88
-_far = .5 # Standard deviations between window and evaluation, from which on there is a remark: four times what a healthy layer of few values had above
+_far = .5 # σ between window and evaluation that are worth a remark: four times what a healthy layer had
 
 def _remarks(name, m, row, looked, bs):
     "What is wrong with the layer `m`, of which `row` is the row in the table, in training with `bs` samples a batch"
@@ -496,15 +543,29 @@ def _remarks(name, m, row, looked, bs):
     if m.window_count.median()==0: return [f"no batch yet: `{name}` starts with the first batch of training."]
     out = []
     rows,samples,_ = m.last_batch or (0,0,0)
-    if bs and samples>bs: out.append(f"rows are not samples: `{name}` counted {rows} rows as {samples} samples, where a batch has {bs}, and its window is that much shorter. "
-        f"Say `set_batch_size(model, {bs})`, or train with RunBNCallback, which does.")
-    if row.dead: out.append(f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant in the window (a variance below eps={m.eps:g}). "
-        "Look for empty inputs and for filters that died at a high learning rate.")
-    elif under: out.append(f"variance at the floor: {under} of {C} channels of `{name}` are normalised with the floor of {floor:g}. Their activations are small; a lower `clamp` leaves them their own variance.")
-    elif looked and row.floor_hits>looked/4: out.append(f"variance at the floor: in the first samples `{name}` was normalised with the floor in {row.floor_hits/looked:.0%} of the cases. "
-        "Its activations were small then; a lower `clamp` leaves them their own variance.")
-    if row.skipped: out.append(f"skipped batches: `{name}` left out {row.skipped:.0f} of {int(m.num_batches_tracked)} that had a NaN or infinity. Look at the data, or for an overflow in float16.")
-    if row.off>_far: out.append(f"window far from evaluation: half the means of `{name}` are {row.off:.2g} σ or more apart. The weights move faster than `eval_window={m.eval_window}` samples: "
-        "train on at a lower rate before you evaluate, or give less.")
-    if not .5<=row.sigma_ratio<=2: out.append(f"window far from evaluation: the σ of `{name}` in the window is {row.sigma_ratio:.2g} times that of evaluation. See `plot_layers` for when it moved.")
+    if bs and samples>bs: out.append(
+        f"rows are not samples: `{name}` counted {rows} rows as {samples} samples, where a batch has "
+        f"{bs}, and its window is that much shorter. Say `set_batch_size(model, {bs})`, or train with "
+        "RunBNCallback, which does.")
+    if row.dead: out.append(
+        f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant in the window "
+        f"(a variance below eps={m.eps:g}). Look for empty inputs and for filters that died at a high "
+        "learning rate.")
+    elif under: out.append(
+        f"variance at the floor: {under} of {C} channels of `{name}` are normalised with the floor of "
+        f"{floor:g}. Their activations are small; a lower `clamp` leaves them their own variance.")
+    elif looked and row.floor_hits>looked/4: out.append(
+        f"variance at the floor: in the first samples `{name}` was normalised with the floor in "
+        f"{row.floor_hits/looked:.0%} of the cases. Its activations were small then; a lower `clamp` "
+        "leaves them their own variance.")
+    if row.skipped: out.append(
+        f"skipped batches: `{name}` left out {row.skipped:.0f} of {int(m.num_batches_tracked)} that had "
+        "a NaN or infinity. Look at the data, or for an overflow in float16.")
+    if row.off>_far: out.append(
+        f"window far from evaluation: half the means of `{name}` are {row.off:.2g} σ or more apart. The "
+        f"weights move faster than `eval_window={m.eval_window}` samples: train on at a lower rate "
+        "before you evaluate, or give less.")
+    if not .5<=row.sigma_ratio<=2: out.append(
+        f"window far from evaluation: the σ of `{name}` in the window is {row.sigma_ratio:.2g} times "
+        "that of evaluation. See `plot_layers` for when it moved.")
     return out

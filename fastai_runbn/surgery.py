@@ -22,10 +22,12 @@ from fastcore.basics import listify
 from . import twins
 from .kernels import cpu
 from .moments import AutoMomentum,auto_momentum
-from .layers import RunningBatchNormMixin,RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d,RunningSyncBatchNorm,runbn_settings
+from .layers import RunningBatchNormMixin,RunningSyncBatchNorm,runbn_settings
+from .layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 
 # %% ../nbs/06_surgery.ipynb #cc22aa40
-norm_twins = {nn.BatchNorm1d:RunningBatchNorm1d, nn.BatchNorm2d:RunningBatchNorm2d, nn.BatchNorm3d:RunningBatchNorm3d, nn.SyncBatchNorm:RunningSyncBatchNorm}
+norm_twins = {nn.BatchNorm1d:RunningBatchNorm1d, nn.BatchNorm2d:RunningBatchNorm2d,
+    nn.BatchNorm3d:RunningBatchNorm3d, nn.SyncBatchNorm:RunningSyncBatchNorm}
 _plain = {v:k for k,v in norm_twins.items()}
 
 def norm_twin(
@@ -42,28 +44,36 @@ def register_norm(
     new:type, # Its twin: a subclass of `old` and of a running norm
 ):
     "Let `to_runbn` make layers of exactly the class `old` ones of `new`, and `to_bn` the other way"
-    if not (isinstance(old, type) and issubclass(old, _BatchNorm)): raise TypeError(f"register_norm: old={old!r} is no subclass of PyTorch's BatchNorm.")
-    if not (isinstance(new, type) and issubclass(new, RunningBatchNormMixin) and issubclass(new, old)):
-        name = getattr(old, '__name__', old)
-        raise TypeError(f"register_norm: new={new!r} has to be a subclass of {name} and of a running norm, as `class Running{name}({name}, RunningBatchNorm2d): pass`.")
-    if _plain.get(new, old) is not old: raise ValueError(f"register_norm: {new.__name__} is the twin of {_plain[new].__name__} already; make another class.")
+    def inherits(cls, *of): return isinstance(cls, type) and all(issubclass(cls, o) for o in of)
+    if not inherits(old, _BatchNorm):
+        raise TypeError(f"register_norm: old={old!r} is no subclass of PyTorch's BatchNorm.")
+    if not inherits(new, RunningBatchNormMixin, old):
+        name = old.__name__
+        raise TypeError(f"register_norm: new={new!r} has to be a subclass of {name} and of a running "
+            f"norm, as `class Running{name}({name}, RunningBatchNorm2d): pass`.")
+    if (other := _plain.get(new, old)) is not old:
+        raise ValueError(f"register_norm: {new.__name__} is the twin of {other.__name__} already; make "
+            "another class.")
     norm_twins[old],_plain[new] = new,old
 
 def _plain_of(cls):
     "The class that running norms of class `cls` take the place of, or None"
-    if cls not in _plain: norm_twin(cls.__mro__[1]) # timm's or fastai's, made by hand, and so not registered yet
+    if cls not in _plain: norm_twin(cls.__mro__[1]) # timm's or fastai's, not registered yet
     return _plain.get(cls)
 
 # %% ../nbs/06_surgery.ipynb #753f44a3
 def _unfit(m):
     "Why `m` cannot be converted, or ''"
     name,cls = type(m).__name__,type(m)
-    if isinstance(m, LazyModuleMixin): return f"{name} is not materialised: run a batch through the model first"
+    if isinstance(m, LazyModuleMixin):
+        return f"{name} is not materialised: run a batch through the model first"
     if is_parametrized(m): return f"{name} is parametrized: remove the parametrization first"
     if norm_twin(cls) is None:
-        if isinstance(m, _BatchNorm): return f"{name} is a {cls.__mro__[1].__name__} with a `forward` of its own, which converting would drop: register a twin with `register_norm`"
-        return f"{name} is not PyTorch's BatchNorm"
-    if m.running_mean is None: return "track_running_stats=False: it keeps no statistics, and a running norm has to"
+        if not isinstance(m, _BatchNorm): return f"{name} is not PyTorch's BatchNorm"
+        return (f"{name} is a {cls.__mro__[1].__name__} with a `forward` of its own, which converting "
+            "would drop: register a twin with `register_norm`")
+    if m.running_mean is None:
+        return 'track_running_stats=False: it keeps no statistics, and a running norm has to'
     return ''
 
 # %% ../nbs/06_surgery.ipynb #14c4397a
@@ -90,17 +100,20 @@ class NormRow(NamedTuple):
 
     def cells(self)->list: # Of the columns `_columns`
         "The row as text"
-        name,channels,why = self.name or '(the model)','' if self.channels is None else str(self.channels),[self.why]
-        if self.points: why.append(f'{_plural(self.points, "row")}, counted as {_plural(self.samples, "sample")}')
-        if self.skipped: why.append(f'skipped {_plural(self.skipped, "batch", "batches")} with NaN or infinity')
-        return [name, self.type, self.to, channels, self.status, ', '.join(filter(None, why))]
+        channels,why = '' if self.channels is None else str(self.channels),[self.why]
+        if self.points:
+            why.append(f"{_plural(self.points, 'row')}, counted as {_plural(self.samples, 'sample')}")
+        if self.skipped:
+            why.append(f"skipped {_plural(self.skipped, 'batch', 'batches')} with NaN or infinity")
+        why = ', '.join(filter(None, why))
+        return [self.name or '(the model)', self.type, self.to, channels, self.status, why]
 
 _columns = 'layer','from','to','channels','status','why'
 def _plural(n, one, many=None): return f'{n} {one if n==1 else many or one+"s"}'
 
 # %% ../nbs/06_surgery.ipynb #e60b8749
 class SurgeryReport:
-    "The norms of a model, one `NormRow` each: what is a running norm, what could be, what is left alone and why"
+    "The norms of a model, one `NormRow` each: what is converted, what could be, what is left alone and why"
     def __init__(self,
         rows, # A `NormRow` each
         others, # Numbers of other norms by the names of their classes
@@ -123,8 +136,8 @@ class SurgeryReport:
     @property
     def counts(self):
         "One line: how many running, convertible and left alone, and which other norms there are"
-        kinds = ('running norms',self.running),('convertible',self.convertible),('left alone',self.left_alone)
-        parts = [f'{len(rows)} {what}' for what,rows in kinds]
+        parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible',
+            f'{len(self.left_alone)} left alone']
         if n := sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
         line = ', '.join(parts)
         if self.others: line += '; also '+', '.join(f'{n} {t}' for t,n in self.others.items())
@@ -159,18 +172,23 @@ def _patterns(pats, rows, arg):
     "`pats` as a list, each checked to match some layer of `rows`, `(names,module)`"
     pats,names = listify(pats),[n for ns,_ in rows for n in ns]
     for p in pats:
-        if not any(fnmatchcase(n, p) for n in names):
-            raise ValueError(f"{arg}={p!r} matches no norm layer. Their names are {', '.join(map(repr,names[:8]))}{', …' if len(names)>8 else ''}; "
-                             f"a container's layers are '{p}.*'.")
+        if any(fnmatchcase(n, p) for n in names): continue
+        raise ValueError(f"{arg}={p!r} matches no norm layer. Their names are {_first(names)}; a "
+            f"container's layers are '{p}.*'.")
     return pats
 
+def _first(names, n=8):
+    "The first `n` of names, to be read"
+    return ', '.join([*map(repr, names[:n]), *['…']*(len(names)>n)])
+
 def _check_model(model):
-    if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module was expected, not a {type(model).__name__} ({model!r}).")
-    wrapped = next(((n,m) for n,m in model.named_modules() if isinstance(m, (DistributedDataParallel,DataParallel))), None)
-    if wrapped:
-        name,m = wrapped
-        raise TypeError(f"{'the model' if not name else f'`{name}`'} is wrapped in {type(m).__name__}, which has taken note of the buffers. Convert before wrapping: "
-            f"`{type(m).__name__}(to_runbn(model))`.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: an nn.Module was expected, not a {type(model).__name__} ({model!r}).")
+    for name,m in model.named_modules():
+        if not isinstance(m, (DistributedDataParallel,DataParallel)): continue
+        what,wrapper = f'`{name}`' if name else 'the model',type(m).__name__
+        raise TypeError(f"{what} is wrapped in {wrapper}, which has taken note of the buffers. Convert "
+            f"before wrapping: `{wrapper}(to_runbn(model))`.")
 
 # %% ../nbs/06_surgery.ipynb #7ce6207e
 def surgery_report(
@@ -179,13 +197,16 @@ def surgery_report(
     exclude:str|list=None, # Names or globs of layers to leave
     filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
 )->SurgeryReport: # One row a norm layer, whatever becomes of it
-    "Which norms of `model` are running norms, which `to_runbn` would convert, and which it leaves alone, and why"
+    "Which norms of `model` are running norms, which would be converted, and which are left alone, and why"
     _check_model(model)
     found = {}
-    for name,m in model.named_modules(remove_duplicate=False): found.setdefault(id(m), ([],m))[0].append(name)
+    for name,m in model.named_modules(remove_duplicate=False):
+        found.setdefault(id(m), ([],m))[0].append(name)
     def named(m, part): return part in type(m).__name__ and not any(True for _ in m.children())
-    rows = [o for o in found.values() if isinstance(o[1], _BatchNorm) or named(o[1], 'BatchNorm')]
-    others = Counter(type(m).__name__ for _,m in found.values() if not isinstance(m, _BatchNorm) and named(m, 'Norm') and not named(m, 'BatchNorm'))
+    def is_bn(m): return isinstance(m, _BatchNorm) or named(m, 'BatchNorm')
+    rows = [(names,m) for names,m in found.values() if is_bn(m)]
+    others = [m for _,m in found.values() if named(m, 'Norm') and not is_bn(m)]
+    others = Counter(type(m).__name__ for m in others)
     include,exclude = _patterns(include, rows, 'include'),_patterns(exclude, rows, 'exclude')
     return SurgeryReport([_row(names, m, include, exclude, filter_fn) for names,m in rows], others)
 
@@ -212,16 +233,20 @@ def to_runbn(
     dry_run:bool=False, # Change nothing, and return the report of what would be converted
     **settings # Of `runbn_settings`
 )->nn.Module: # `model` itself, or a `SurgeryReport`
-    "Make the BatchNorm layers of `model` running norms, in place; layers that are already get the `settings` given and keep the rest"
+    "Make the BatchNorm layers of `model` running norms, in place; those that are get the `settings` given"
     runbn_settings(**settings)
     report = surgery_report(model, include, exclude, filter_fn)
     if dry_run: return report
     modules,done = dict(model.named_modules()),[]
     chosen = [r for r in report.running if not r.why]
     lazy = [r.name for r in report.left_alone if isinstance(modules[r.name], LazyModuleMixin)]
-    if lazy: warnings.warn(f"{lazy[0]!r}{f' and {len(lazy)-1} more' if lazy[1:] else ''}: lazy norms are left alone. Run a batch through the model first, then convert.", stacklevel=2)
+    if lazy:
+        more = f' and {len(lazy)-1} more' if lazy[1:] else ''
+        warnings.warn(f"{lazy[0]!r}{more}: lazy norms are left alone. Run a batch through the model "
+            "first, then convert.", stacklevel=2)
     elif not chosen and not report.convertible:
-        warnings.warn(f"Nothing to convert in {type(model).__name__}: {report.counts}. `surgery_report(model)` tells why.", stacklevel=2)
+        warnings.warn(f"Nothing to convert in {type(model).__name__}: {report.counts}. "
+            "`surgery_report(model)` tells why.", stacklevel=2)
     try:
         for r in report.convertible:
             done.append(modules[r.name])
@@ -243,42 +268,53 @@ def _convert(m, settings):
 def _revert(m):
     "Make one running norm the BatchNorm layer that it was"
     if not isinstance(m, RunningBatchNormMixin): return
-    if (cls:=_plain_of(type(m))) is None: raise TypeError(f"{type(m).__name__} has no BatchNorm to go back to: name its twin with `register_norm`.")
+    cls = _plain_of(type(m))
+    if cls is None:
+        raise TypeError(f"{type(m).__name__} has no BatchNorm to go back to: name its twin with "
+            "`register_norm`.")
     m.make_plain()
     was = vars(m).pop('_bn_momentum', float(auto_momentum))
-    if isinstance(m.momentum, AutoMomentum): m.momentum = was # else it was set since, and means to BatchNorm what it meant here
+    if isinstance(m.momentum, AutoMomentum): m.momentum = was # else it was set since, and stays
     m.__class__ = cls
 
 # %% ../nbs/06_surgery.ipynb #57b6276b
 def to_bn(
     model:nn.Module, # Converted in place
 )->nn.Module: # `model` itself
-    "Make the running norms of `model` the BatchNorm layers that they were, in place; evaluation stays the same to the bit"
+    "Make the running norms of `model` BatchNorm again, in place; evaluation stays the same to the bit"
     _check_model(model)
     for m in model.modules(): _revert(m)
     return model
 
 # %% ../nbs/06_surgery.ipynb #88679288
 def _bn_statistics(p, sd):
-    "BatchNorm's buffers from those of lesson 10's layer at prefix `p` of `sd`: `dbias` is in sums, squares and count alike, and cancels"
+    "BatchNorm's buffers from those of lesson 10's layer at prefix `p` of `sd`; `dbias` cancels"
     S,Q,n = [sd[p+o].detach().double().flatten() for o in ('sums','sqrs','count')]
     dtype = torch.float64 if sd[p+'sums'].dtype==torch.float64 else torch.float32
-    mean,var = (torch.zeros_like(S),torch.ones_like(S)) if n==0 else (S/n, Q/n-(S/n)**2) # 0: it has seen nothing
-    floor = 0.01 if n!=0 and p+'batch' in sd and sd[p+'batch']<20 else 0                 # as it has in evaluation
-    step = sd.get(p+'step', torch.tensor(0))                                             # 0, with statistics: trained for ever so long
-    return {p+'running_mean':mean.to(dtype), p+'running_var':var.clamp(min=floor).to(dtype), p+'num_batches_tracked':step.detach().long().reshape(())}
+    if n==0: mean,var = torch.zeros_like(S),torch.ones_like(S) # it has seen nothing
+    else:
+        mean,var = S/n,Q/n-(S/n)**2
+        if p+'batch' in sd and sd[p+'batch']<20: var = var.clamp(min=.01) # as it has in evaluation
+    step = sd.get(p+'step', torch.tensor(0)) # 0, with statistics: trained for ever so long
+    return {p+'running_mean':mean.to(dtype), p+'running_var':var.clamp(min=0).to(dtype),
+        p+'num_batches_tracked':step.detach().long().reshape(())}
 
 # %% ../nbs/06_surgery.ipynb #cc943e0a
 def from_lesson10(
     state_dict:dict, # Of a model with fast.ai's `RunningBatchNorm`; stays as it is
 )->dict: # The same, with BatchNorm's keys for those layers
-    "Make a checkpoint with lesson 10's layers one of the same net with `nn.BatchNorm2d`, or ours, in their places"
-    new,old = dict(mults='weight', adds='bias'),('sums','sqrs','count','batch','step','dbias','factor','offset')
+    "Make a checkpoint with lesson 10's layers one of the same net with BatchNorm, or ours, in their places"
+    new = dict(mults='weight', adds='bias')
+    old = 'sums','sqrs','count','batch','step','dbias','factor','offset'
     split = {k:k.rpartition('.') for k in state_dict}
-    prefixes = {a+b for a,b,name in split.values() if name=='sums' and all(a+b+o in state_dict for o in ('sqrs','count'))}
+    prefixes = {a+b for a,b,name in split.values() if name=='sums'}
+    prefixes = {p for p in prefixes if p+'sqrs' in state_dict and p+'count' in state_dict}
     if not prefixes:
-        nested = " It looks like one of `learn.save`: give its 'model'." if isinstance(state_dict.get('model'), dict) else ''
-        raise ValueError(f"from_lesson10: no layer has the keys sums, sqrs and count; there are {', '.join(map(repr, [*state_dict][:8]))}{', …' if len(state_dict)>8 else ''}.{nested}")
+        nested = ''
+        if isinstance(state_dict.get('model'), dict):
+            nested = " It looks like one of `learn.save`: give its 'model'."
+        raise ValueError("from_lesson10: no layer has the keys sums, sqrs and count; there are "
+            f"{_first([*state_dict])}.{nested}")
     res = {}
     for k,(a,b,name) in split.items():
         if a+b not in prefixes or name not in (*new,*old): res[k] = state_dict[k]
