@@ -22,7 +22,7 @@ def train_digits(
     lr:float=0.01, # Highest learning rate of SGD
     bar:bool=True, # Show fastai's progress bar and a line an epoch?
 ):
-    "Lesson 10's convnet trained on digits with a fastai Learner, which is returned; the same `seed` gives the same start and order"
+    "Lesson 10's convnet trained on digits with a fastai Learner, which is returned; `seed`: start and order"
     from fastai.basics import Learner,SGD,accuracy,set_seed
     from fastai.callback.all import ParamScheduler # noqa: gives Learner its fit_one_cycle
     from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
@@ -38,15 +38,17 @@ _contenders = 'BatchNorm','RunBNCallback()'
 
 def _contend(name, **kwargs):
     "Train with `name` of `_contenders`: its Learner or None, and a row of results"
-    import fastai.callback.all,fastai_runbn.bench.tasks # noqa: before the clock starts, so that the first of two does not pay for them
+    import fastai.callback.all,fastai_runbn.bench.tasks # noqa: before the clock starts
     from fastai_runbn.callback import RunBNCallback
     start = time.perf_counter()
     try: learn = train_digits(None if name=='BatchNorm' else RunBNCallback(), **kwargs)
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        return None, dict(norm=name, accuracy=None, valid_loss=None, seconds=None, note='cannot train: one value per channel')
+        return None,dict(norm=name, accuracy=None, valid_loss=None, seconds=None,
+            note='cannot train: one value per channel')
     _,loss,acc = learn.recorder.values[-1]
-    return learn, dict(norm=name, accuracy=acc, valid_loss=loss, seconds=time.perf_counter()-start, note='')
+    seconds = time.perf_counter()-start
+    return learn,dict(norm=name, accuracy=acc, valid_loss=loss, seconds=seconds, note='')
 
 # %% ../nbs/13_cli.ipynb #09b3df7b
 def plot_curves(
@@ -76,18 +78,25 @@ def _table(rows):
     from rich.table import Table
     table = Table('norm', 'accuracy', 'valid. loss', 'time')
     for col in table.columns[1:]: col.justify = 'right'
-    for r in rows: table.add_row(r['norm'], *([r['note'],'',''] if r['note'] else [f"{r['accuracy']:.3f}", f"{r['valid_loss']:.3f}", f"{r['seconds']:.1f} s"]))
+    for r in rows:
+        cells = [r['note'],'','']
+        if not r['note']:
+            cells = [f"{r['accuracy']:.3f}", f"{r['valid_loss']:.3f}", f"{r['seconds']:.1f} s"]
+        table.add_row(r['norm'], *cells)
     return table
 
 # %% ../nbs/13_cli.ipynb #fe546af9
 def _writable(option, path, suffix=None):
-    "`path` as one, checked to be a file that can be written, and to end in `suffix`; `option` may be empty"
+    "`path`, checked to be a file that can be written, and to end in `suffix`; `option` may be empty"
     path = Path(path)
     what = f'{option} {path}'.strip()
-    if suffix and path.suffix.lower()!=suffix: raise CliError(f"{what}: a file name that ends in {suffix} was expected")
+    if suffix and path.suffix.lower()!=suffix:
+        raise CliError(f"{what}: a file name that ends in {suffix} was expected")
     if path.is_dir(): raise CliError(f"{what}: a folder; a file name was expected")
-    if not path.parent.is_dir(): raise CliError(f"{what}: there is no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK): raise CliError(f"{what}: no permission to write there")
+    if not path.parent.is_dir():
+        raise CliError(f"{what}: there is no folder {path.parent}; make it first")
+    there = path if path.exists() else path.parent
+    if not os.access(there, os.W_OK): raise CliError(f"{what}: no permission to write there")
     return path
 
 # %% ../nbs/13_cli.ipynb #d97b6cf3
@@ -99,7 +108,8 @@ def demo(
 ):
     "Train lesson 10's convnet on scikit-learn's digits, with BatchNorm and with RunBNCallback, and compare"
     for name,v,least,most in (('bs',bs,1,1440), ('epochs',epochs,1,1000), ('seed',seed,0,2**32-1)):
-        if not least<=v<=most: raise CliError(f"--{name} {v}: a whole number from {least} to {most} was expected")
+        if not least<=v<=most:
+            raise CliError(f"--{name} {v}: a whole number from {least} to {most} was expected")
     out = _writable('--out', out, '.png')
     from rich.console import Console
     import torch
@@ -114,7 +124,9 @@ def demo(
         elif console.is_terminal: console.print(row['note'])
     console.print()
     console.print(_table(rows))
-    console.print(f"1,440 images to train on, 357 held out; SGD, one cycle up to 0.01; seed {seed}; torch {torch.__version__}, {learn.dls.device}, {torch.get_num_threads()} threads")
+    where = f'torch {torch.__version__}, {learn.dls.device}, {torch.get_num_threads()} threads'
+    console.print("1,440 images to train on, 357 held out; SGD, one cycle up to 0.01; "
+        f"seed {seed}; {where}")
     plot_curves(learns, f"Lesson 10's convnet, {task}", out)
     console.print(f"Learning curves: {out}")
 
@@ -137,9 +149,12 @@ def _without_lesson10(sd):
 def _save_flat(sd, path):
     "Save the tensors of state dict `sd` as .safetensors"
     try: from safetensors.torch import save_file
-    except ImportError: raise CliError(f"{path}: writing .safetensors files takes `pip install safetensors`")
+    except ImportError:
+        raise CliError(f"{path}: writing .safetensors files takes `pip install safetensors`")
     other = [k for k,v in sd.items() if not hasattr(v, 'contiguous')]
-    if other: raise CliError(f"{path}: .safetensors holds tensors only, and {other[0]!r} is none; take another ending")
+    if other:
+        raise CliError(f"{path}: .safetensors holds tensors only, and {other[0]!r} is none; take "
+            "another ending")
     save_file({k:v.clone().contiguous() for k,v in sd.items()}, path)
 
 def _read(path, pickled):
@@ -150,9 +165,14 @@ def _read(path, pickled):
             from safetensors.torch import load_file
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=not pickled)
-    except ImportError: raise CliError(f"{path}: reading .safetensors files takes `pip install safetensors`")
-    except pickle.UnpicklingError: raise CliError(f"{path}: holds more than tensors. If you trust it (unpickling can run any code), add --pickled")
-    except Exception as e: raise CliError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+    except ImportError:
+        raise CliError(f"{path}: reading .safetensors files takes `pip install safetensors`")
+    except pickle.UnpicklingError:
+        raise CliError(f"{path}: holds more than tensors. If you trust it (unpickling can run any "
+            "code), add --pickled")
+    except Exception as e:
+        first = next(iter(str(e).splitlines()), '')
+        raise CliError(f"{path}: cannot be read as a checkpoint ({type(e).__name__}: {first})")
 
 # %% ../nbs/13_cli.ipynb #cf881339
 def convert(
@@ -166,17 +186,21 @@ def convert(
     import torch
     obj,flat = _read(inp, pickled),out.suffix=='.safetensors'
     if isinstance(obj, dict):
-        key = next((k for k in ('model','state_dict') if isinstance(obj.get(k), dict)), None) # of learn.save, with the optimizer; of Lightning and others
+        keys = 'model','state_dict' # of learn.save, with the optimizer; of Lightning and others
+        key = next((k for k in keys if isinstance(obj.get(k), dict)), None)
         sd,n = _without_windows(obj[key] if key else obj)
         sd,old = _without_lesson10(sd)
         obj = {**obj, key:sd} if key and not flat else sd
-        parts = [f"{what} {k} layer{'s'*(k!=1)} {did}" for k,what,did in ((n,'the windows of','left out'),(old,'sums, squares and counts of',"made BatchNorm's")) if k]
+        done = (n,'the windows of','left out'),(old,'sums, squares and counts of',"made BatchNorm's")
+        parts = [f"{what} {k} layer{'s'*(k!=1)} {did}" for k,what,did in done if k]
         done = ', '.join(parts) or "it had BatchNorm's keys only"
     else:
         from fastai_runbn.callback import RunBNCallback # noqa: gives Learner its to_bn
         from fastai_runbn.surgery import surgery_report,to_bn
         model = getattr(obj, 'model', obj)
-        if not isinstance(model, torch.nn.Module): raise CliError(f"{inp}: a checkpoint, a model or a Learner was expected, not a {type(obj).__name__}")
+        if not isinstance(model, torch.nn.Module):
+            raise CliError(f"{inp}: a checkpoint, a model or a Learner was expected, not a "
+                f"{type(obj).__name__}")
         n = len(surgery_report(model).running)
         obj.to_bn() if obj is not model and hasattr(obj, 'to_bn') else to_bn(model)
         done = f"{n} running norm{'s'*(n!=1)} made BatchNorm"
@@ -190,8 +214,10 @@ def _case_line(df):
     "One line on the rows of a case"
     both = df[df.part.isin(('both','step'))]
     first = both.iloc[0]
-    others = ', '.join(f'{r.contender} {r.ratio:.2f}' for r in both.iloc[1:].itertuples() if r.ratio==r.ratio)
-    return f"{first['shape']} {first.layout} {first.precision}: {first.contender} {first.ms:.3g} ms; {others}"
+    measured = [r for r in both.iloc[1:].itertuples() if r.ratio==r.ratio]
+    others = ', '.join(f'{r.contender} {r.ratio:.2f}' for r in measured)
+    case = f"{first['shape']} {first.layout} {first.precision}"
+    return f'{case}: {first.contender} {first.ms:.3g} ms; {others}'
 
 _target_columns = 'ratio to BatchNorm','contender','cases','mean','worst','target','met'
 def _target_table(summary):
@@ -212,23 +238,29 @@ def _pattern(option, pattern, choices):
 
 # %% ../nbs/13_cli.ipynb #3dc8eb78
 def _bench_speed(quick, json, out, only, contenders, *, compile, device):
-    for name,level in (('KINETO_LOG_LEVEL','99'), ('TORCH_CPP_LOG_LEVEL','ERROR')): os.environ.setdefault(name, level) # the profiler's remarks on machines without a GPU
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler's remarks on machines without a GPU
+    os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     import torch
     from fastai_runbn.bench import speed
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device not in ('cpu','cuda'): raise CliError(f"--device {device}: cpu or cuda was expected")
-    if device=='cuda' and not torch.cuda.is_available(): raise CliError("--device cuda: there is no CUDA here; take --device cpu")
+    if device=='cuda' and not torch.cuda.is_available():
+        raise CliError("--device cuda: there is no CUDA here; take --device cpu")
     _pattern('--contenders', contenders, [*speed.contenders])
     try: cases = [c for part in speed.speed_cases(quick, only) for c in part]
     except re.error as e: raise CliError(f"--only {only}: not a regular expression ({e})")
-    if not cases: raise CliError(f"--only {only}: matches no case; they are named as '2x64x16x16 contiguous float32' and 'resnet18 128px channels_last'")
+    if not cases:
+        raise CliError(f"--only {only}: matches no case; they are named as '2x64x16x16 contiguous "
+            "float32' and 'resnet18 128px channels_last'")
     console,progress = _console()
     with progress as bar:
         task = bar.add_task('cases', total=len(cases))
         def report(df): console.print(_case_line(df), soft_wrap=True); bar.advance(task)
         df = speed.bench_speed(quick, only, contenders, compile, device, report)
     console.print(_target_table(speed.summarize(df)))
-    for note in dict.fromkeys(f'{r.contender}, {r.precision}: {r.note}' for r in df.itertuples() if isinstance(r.note, str) and r.note): console.print(note, soft_wrap=True)
+    noted = [r for r in df.itertuples() if isinstance(r.note, str) and r.note]
+    for note in dict.fromkeys(f'{r.contender}, {r.precision}: {r.note}' for r in noted):
+        console.print(note, soft_wrap=True)
     m = speed.machine(device)
     console.print(f"Forward and backward, float32, geometric means; {m['gpu'] or m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['date']}", soft_wrap=True)
     if json: speed.save_speed(df, json, device); console.print(f"Figures: {json}")
@@ -245,13 +277,16 @@ def _console():
 # %% ../nbs/13_cli.ipynb #a519ba0c
 def _trial_line(row):
     "One line on a trial"
-    result = row['note'] if row['score'] is None else f"{row['score']:.3f}"+(f" ({row['note']})" if row['note'] else '')
-    return f"{row['regime']}, {row['norm']}, batch size {row['bs']}, rate {row['lr']:g}, seed {row['seed']}: {result}"
+    result = row['note']
+    if row['score'] is not None: result = f"{row['score']:.3f}"+(result and f' ({result})')
+    trial = f"{row['regime']}, {row['norm']}, batch size {row['bs']}, rate {row['lr']:g}"
+    return f"{trial}, seed {row['seed']}: {result}"
 
 def _score_rows(table):
     "A rich table of `score_table`"
     from rich.table import Table
-    shown = Table(table.index.name, *table.columns, title='mean ± standard deviation over seeds, at the best rate')
+    title = 'mean ± standard deviation over seeds, at the best rate'
+    shown = Table(table.index.name, *table.columns, title=title)
     for name,cells in table.iterrows(): shown.add_row(name, *cells)
     return shown
 
@@ -264,7 +299,8 @@ def _bench_quality(quick, json, out, only, contenders, *, data, seeds, jobs):
     if data and not data.exists(): raise CliError(f"--data {data}: there is no such folder or file")
     for o,v in (('--seeds',seeds), ('--jobs',jobs)):
         if v<1: raise CliError(f"{o} {v}: 1 or more was expected")
-    if quick and not re.search(only, 'R1 digits'): raise CliError(f"--only {only}: --quick has R1 digits only")
+    if quick and not re.search(only, 'R1 digits'):
+        raise CliError(f"--only {only}: --quick has R1 digits only")
     try: have = '' if data is None else kind_of_data(data)
     except ValueError as e: raise CliError(f'--data {e}') from None
     needs = {n:r.data for n,r in quality.regimes.items()
@@ -279,7 +315,9 @@ def _bench_quality(quick, json, out, only, contenders, *, data, seeds, jobs):
     kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''), sizes=(2,32) if quick else None)
     with progress as bar,TemporaryDirectory() as d:
         task = bar.add_task('trials', total=None)
-        def report(row, left): console.print(_trial_line(row), soft_wrap=True); bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
+        def report(row, left):
+            console.print(_trial_line(row), soft_wrap=True)
+            bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
         try: df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
         except KeyboardInterrupt:
             if json and json.exists(): console.print(f"Trials so far: {json}; the same command goes on from there", soft_wrap=True)
@@ -305,10 +343,12 @@ def bench(
     jobs:int=None, # quality: trials at a time, a thread each; default: 2
 ):
     "Measure the layers here, beside BatchNorm and others: how fast they are, or how well they train"
-    if subject not in subjects: raise CliError(f"{subject}: one of {', '.join(subjects)} was expected")
-    for o,wrong in (('--compile',compile and subject!='speed'), ('--device',device and subject!='speed'), ('--data',data and subject!='quality'),
-                    ('--seeds',seeds is not None and subject!='quality'), ('--jobs',jobs is not None and subject!='quality')):
-        if wrong: raise CliError(f"{o}: not an option of {subject}")
+    if subject not in subjects:
+        raise CliError(f"{subject}: one of {', '.join(subjects)} was expected")
+    options = dict(quality=dict(compile=compile or None, device=device or None),
+        speed=dict(data=data, seeds=seeds, jobs=jobs)) # that are the other's
+    for o,given in options[subject].items():
+        if given is not None: raise CliError(f"--{o}: not an option of {subject}")
     json = json and _writable('--json', json, '.json' if subject=='speed' else '.jsonl')
     out = out and _writable('--out', out, '.png')
     common = quick,json,out,only,contenders
@@ -336,7 +376,7 @@ def runbn_parser()->ArgumentParser:
 
 # %% ../nbs/13_cli.ipynb #57658a6c
 def _stop_workers():
-    "Stop the processes of a study, which would finish their trials otherwise, and wait until they are gone: what they have to say comes before the last line"
+    "Stop the processes of a study, and wait until they are gone: what they say comes before the last line"
     from multiprocessing import active_children
     workers = active_children()
     for p in workers: p.terminate()
