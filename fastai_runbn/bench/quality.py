@@ -35,7 +35,8 @@ from .peers import MABN1d,MABN2d,MABN3d,centre_convs,use_norm
 from .tasks import (VOID,bodies_dls,boxes_dls,digits_dls,mnist_dls,photos_dls,roads_dls,
     rows_dls,scenes_dls,volumes_dls)
 from .tasks import (Detector,PlainUnet,body_and_head,lesson10_convnet,monai_unet,roads_unet,
-    small_efficientnet,small_mobilenet_v2,small_regnet,small_resnet,small_resnext,small_unet)
+    small_efficientnet,small_mobilenet_v2,small_regnet,small_resnet,small_resnext,
+    small_shufflenet,small_unet,small_vgg)
 from ..callback import RunBNCallback
 from ..filters import FilterMeans,KeptMean
 from ..layers import LESSON10,running_norms
@@ -402,6 +403,12 @@ regimes = { # chkstyle: ignore-node, a table
         what='A small ResNet in one dimension on digits row by row, Adam, one cycle',
         loaders=lambda bs, data: rows_dls(bs),
         model=lambda data: small_resnet(28, ndim=1)),
+    'H10': Regime(**_photographs,
+        what='A small ShuffleNetV2 on photographs, Adam, one cycle',
+        model=lambda data: small_shufflenet()),
+    'H11': Regime(**_clothes,
+        what='A small VGG on clothes, Adam, one cycle',
+        model=lambda data: small_vgg()),
     'V1': Regime(**_volumes,
         what='A U-Net in three dimensions on hippocampus MRI, segmentation, Adam, one cycle',
         model=lambda data: PlainUnet()),

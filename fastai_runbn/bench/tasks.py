@@ -6,7 +6,8 @@
 __all__ = ['VOID', 'Images', 'PartLoader', 'digits_dls', 'mnist_dls', 'photos_dls', 'scenes_dls', 'bodies_dls',
            'CrossEntropyDice', 'volumes_dls', 'roads_dls', 'kind_of_data', 'BoxLoss', 'boxes_dls', 'rows_dls',
            'lesson10_convnet', 'small_resnet', 'body_and_head', 'small_unet', 'PlainUnet', 'monai_unet', 'roads_unet',
-           'Detector', 'small_efficientnet', 'small_resnext', 'small_regnet', 'small_mobilenet_v2']
+           'Detector', 'small_efficientnet', 'small_resnext', 'small_regnet', 'small_mobilenet_v2', 'small_shufflenet',
+           'small_vgg']
 
 # %% ../../nbs/12_bench.tasks.ipynb #b053d0e5
 import math,tarfile
@@ -542,3 +543,21 @@ def small_mobilenet_v2(
     from torchvision.models import MobileNetV2
     blocks = [[1,16,1,1],[6,24,2,2],[6,32,2,2],[6,64,2,2]]
     return MobileNetV2(n_out, .5, blocks)
+
+def small_shufflenet(
+    n_out:int=10, # Classes
+)->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
+    "A ShuffleNetV2 of six blocks, at half the width, without the max pooling of its stem"
+    from torchvision.models import ShuffleNetV2
+    net = ShuffleNetV2([2,2,2], [24,48,96,192,256], num_classes=n_out)
+    net.maxpool = nn.Identity()
+    return net
+
+def small_vgg(
+    n_out:int=10, # Classes
+)->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
+    "Eight convolutions with norms, one after the other, as VGG has them: no shortcuts"
+    from torchvision.models.vgg import make_layers
+    cfg = [16,'M',32,'M',64,64,'M',128,128,'M',128,128]
+    pool = nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(128, n_out)
+    return nn.Sequential(make_layers(cfg, batch_norm=True), *pool)
