@@ -34,9 +34,9 @@ from .peers import BatchRenorm1d,BatchRenorm2d,BatchRenorm3d
 from .peers import MABN1d,MABN2d,MABN3d,centre_convs,use_norm
 from .tasks import (VOID,bodies_dls,boxes_dls,digits_dls,mnist_dls,photos_dls,roads_dls,
     rows_dls,scenes_dls,volumes_dls)
-from .tasks import (Detector,PlainUnet,body_and_head,lesson10_convnet,monai_unet,roads_unet,
-    small_efficientnet,small_mobilenet_v2,small_regnet,small_resnet,small_resnext,
-    small_shufflenet,small_unet,small_vgg)
+from .tasks import Detector,PlainUnet,body_and_head,lesson10_convnet,monai_unet
+from .tasks import roads_unet,small_efficientnet,small_mobilenet_v2,small_regnet
+from .tasks import small_resnet,small_resnext,small_shufflenet,small_unet,small_vgg
 from ..callback import RunBNCallback
 from ..filters import FilterMeans,KeptMean
 from ..layers import LESSON10,running_norms
