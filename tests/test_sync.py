@@ -1,5 +1,5 @@
 "Notebooks, modules, README and the two configuration files say the same"
-import importlib.util,json,os,re,shutil,subprocess,sys
+import ast,importlib.util,json,os,re,shutil,subprocess,sys
 from collections import Counter
 from configparser import ConfigParser
 from pathlib import Path
@@ -34,6 +34,43 @@ def test_modules_are_what_the_notebooks_export(copy):
     made,have = modules(copy/'fastai_runbn'),modules(package)
     assert set(made) == set(have)-by_hand
     for name in made: assert made[name] == have[name], f"fastai_runbn/{name} and its notebook differ: run nbdev-export, or nbdev-update if the module is right"
+
+def rooms():
+    "Modules by name, and the number of the notebook that each is exported from"
+    found = {}
+    for p in notebooks:
+        name = re.search(r'#\| default_exp ([\w.]+)', p.read_text())
+        if name: found[name[1]] = int(p.name[:2])
+    return found
+
+def imported(name):
+    "`(module, names)` of each import of the library in the module `name`"
+    path = package/(name.replace('.', '/')+'.py')
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom): continue
+        base = ['fastai_runbn',*name.split('.')]
+        where = base[:len(base)-node.level] if node.level else []
+        where += (node.module or '').split('.')*bool(node.module)
+        if where[:1]!=['fastai_runbn']: continue
+        names = [a.name for a in node.names]
+        inner = [n for n in names if '.'.join([*where[1:],n]) in rooms()] # modules themselves
+        for n in inner: yield '.'.join([*where[1:],n]),[]
+        if where[1:]: yield '.'.join(where[1:]),[n for n in names if n not in inner]
+
+@pytest.mark.parametrize('name', rooms())
+def test_a_room_imports_from_those_below_it_by_public_names(name):
+    floor = rooms()
+    for module,names in imported(name):
+        if module in floor: assert floor[module]<=floor[name], f'{name} imports from {module}'
+        assert not [n for n in names if n.startswith('_') and n!='__version__'], f'{name} imports {names}'
+
+def test_classes_stand_whole():
+    "`@patch` is for classes of others"
+    for name in rooms():
+        text = (package/(name.replace('.', '/')+'.py')).read_text()
+        patched = re.findall(r'@patch.*\n(?:@.*\n)*def \w+\((?:self|cls):(\w+)', text)
+        own = set(re.findall(r'^class (\w+)', text, re.M))
+        assert not own&{*patched}, f'{name}: {own&{*patched}}'
 
 def test_notebooks_are_clean(copy):
     nbdev('clean', copy)
