@@ -14,9 +14,9 @@ from .layers import running_norms,runbn_settings
 
 # %% ../nbs/07_schedule.ipynb #5ae2ed4f
 class WarmupClamp:
-    "Floor under the variance while fewer than `samples` samples were seen, `sched(share of them seen)`; none after (fast.ai lesson 10, with any shape)"
+    "Floor under the variance until `samples` samples were seen, `sched(share of them seen)`"
     def __init__(self,
-        sched=0.01, # Floor by position in [0,1): a fastai schedule, any function of a float, or a constant (lesson 10: 0.01)
+        sched=0.01, # Floor by position in [0,1): a fastai schedule, any function of a float, or a number
         samples:int=20, # Samples until the floor is gone; 0: no clamp
     ):
         f = sched if callable(sched) else lambda pos: sched
@@ -48,7 +48,7 @@ class WarmupClamp:
 
 # %% ../nbs/07_schedule.ipynb #68ab66b8
 def _share_settings(model, names):
-    "Give the running norms of `model` tensors in the place of the settings `names`; all of those tensors, by name"
+    "Give the running norms of `model` tensors in the place of the settings `names`; those, by name"
     shared = {n:{} for n in names}
     for m in running_norms(model):
         m.unscheduled = m.settings()
@@ -70,18 +70,23 @@ def unschedule(model):
 
 # %% ../nbs/07_schedule.ipynb #3369d916
 class RunBNSchedule(Callback):
-    "Schedule settings of the running norms over a fit; afterwards, however it ended, they are what they were"
+    "Schedule settings of the running norms over a fit; afterwards they are what they were"
     order,run_valid = 61,False # After ParamScheduler, whose `recorder.hps` is added to
     def __init__(self,
-        window=None, # Length of the window in samples by position in [0,1]: a fastai schedule or any function of a float
+        window=None, # Length of the window in samples by position in [0,1]: a function of a float
         running_grad=None, # Share of the gradient taken from a running average, likewise
         floor=None, # Least variance to normalise with, likewise; in the place of the layers' `clamp`
     ):
-        self.scheds = {k:f for k,f in dict(window=window, running_grad=running_grad, floor=floor).items() if f is not None}
-        if not self.scheds: raise ValueError("RunBNSchedule(): give at least one of window, running_grad and floor, a fastai schedule each.")
+        scheds = dict(window=window, running_grad=running_grad, floor=floor)
+        self.scheds = {k:f for k,f in scheds.items() if f is not None}
+        if not self.scheds: raise ValueError("RunBNSchedule(): give at least one of window, "
+            "running_grad and floor, a fastai schedule each.")
         for k,f in self.scheds.items():
-            if not callable(f): raise TypeError(f"{k}={f!r}: a schedule was expected, such as SchedCos(20, 100); a constant is a setting of RunBNCallback.")
-            for pos in (0.,.25,.5,.75,1.): runbn_settings(**{'clamp':[f(pos)]} if k=='floor' else {k:float(f(pos))})
+            if not callable(f): raise TypeError(f"{k}={f!r}: a schedule was expected, such as "
+                "SchedCos(20, 100); a constant is a setting of RunBNCallback.")
+            for pos in (0.,.25,.5,.75,1.):
+                value = float(f(pos))
+                runbn_settings(**({'clamp':[value]} if k=='floor' else {k:value})) # an error, if it is wrong
 
     def before_fit(self):
         "Undo what an interrupted fit has left; nothing is scheduled yet"
@@ -105,6 +110,6 @@ class RunBNSchedule(Callback):
         "Restore the settings, and leave what they were to the recorder"
         unschedule(self.learn.model)
         if self.shared is not None and hasattr(self.learn, 'recorder'):
-            others = self.recorder.hps if any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs) else {}
-            self.recorder.hps = {**others, **self.hps}
+            others = any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs)
+            self.recorder.hps = {**(self.recorder.hps if others else {}), **self.hps}
         self.shared = None

@@ -21,17 +21,21 @@ def _timm(name, size):
 
 def _torchvision(name, *shape):
     import torchvision
-    kwargs = dict(weights_backbone=None) if name.startswith(('fcn','faster')) else {} # they would download a pretrained body
+    kwargs = {}
+    if name.startswith(('fcn','faster')): kwargs['weights_backbone'] = None # else it is downloaded
     return torchvision.models.get_model(name, weights=None, **kwargs),torch.randn(shape)
 
 def _fastai(name):
     from fastai.vision.all import DynamicUnet,create_body,create_vision_model,resnet18
     from fastai.vision.gan import basic_critic
     from fastai.tabular.model import TabularModel
-    if name=='vision_learner': return create_vision_model(resnet18, 10, pretrained=False),torch.randn(2,3,64,64)
-    if name=='unet_learner': return DynamicUnet(create_body(resnet18(), 3, pretrained=False), 5, (64,64)),torch.randn(2,3,64,64)
-    if name=='tabular_learner': return TabularModel([(10,4)], 6, 2, [32,16]),(torch.randint(10, (4,1)),torch.randn(4,6))
-    return basic_critic(64, 3),torch.randn(2,3,64,64)
+    if name=='tabular_learner':
+        return TabularModel([(10,4)], 6, 2, [32,16]),(torch.randint(10, (4,1)),torch.randn(4,6))
+    if name=='vision_learner': model = create_vision_model(resnet18, 10, pretrained=False)
+    elif name=='unet_learner':
+        model = DynamicUnet(create_body(resnet18(), 3, pretrained=False), 5, (64,64))
+    else: model = basic_critic(64, 3)
+    return model,torch.randn(2,3,64,64)
 
 def _smp(name):
     import segmentation_models_pytorch as smp
@@ -56,17 +60,23 @@ def _fused():
 # %% ../../nbs/12_bench.families.ipynb #9826f8d0
 _in_3d = dict(spatial_dims=3, in_channels=1, out_channels=3)
 
+_sizes = dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64,
+    regnetx_002=64, densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64,
+    lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64, hrnet_w18_small=64,
+    vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64, vit_tiny_patch16_224=224)
+_shapes = dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64),
+    fcn_resnet50=(1,3,64,64), fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32),
+    s3d=(1,3,16,224,224))
+_of_monai = dict(UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='batch'),
+    SegResNet=dict(init_filters=8, norm='batch'), VNet={}, DenseNet121=_in_3d)
+_of_fastai = 'vision_learner','unet_learner','tabular_learner','wgan critic'
+
 families = {
-    **{f'timm {n}':partial(_timm, n, size) for n,size in dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64, regnetx_002=64,
-        densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64, lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64,
-        hrnet_w18_small=64, vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64, vit_tiny_patch16_224=224).items()},
-    **{f'torchvision {n}':partial(_torchvision, n, *shape) for n,shape in dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64), fcn_resnet50=(1,3,64,64),
-        fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32), s3d=(1,3,16,224,224)).items()},
-    **{f'fastai {n}':partial(_fastai, n) for n in ('vision_learner','unet_learner','tabular_learner','wgan critic')},
+    **{f'timm {n}':partial(_timm, n, size) for n,size in _sizes.items()},
+    **{f'torchvision {n}':partial(_torchvision, n, *shape) for n,shape in _shapes.items()},
+    **{f'fastai {n}':partial(_fastai, n) for n in _of_fastai},
     **{f'smp {n}':partial(_smp, n) for n in ('unet','fpn','deeplabv3plus')},
-    **{f'monai {n}':partial(_monai, n, **kwargs) for n,kwargs in dict(
-        UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='batch'),
-        SegResNet=dict(init_filters=8, norm='batch'), VNet={}, DenseNet121=_in_3d).items()},
+    **{f'monai {n}':partial(_monai, n, **kwargs) for n,kwargs in _of_monai.items()},
     'fused Conv+BN':_fused}
 
 # %% ../../nbs/12_bench.families.ipynb #495f6dcc
@@ -99,18 +109,22 @@ def trains(
 def there_and_back(
     name:str, # Of `families`
 )->dict: # Counts of norms, and whether all outputs were equal to the bit
-    "Convert a model of a family and convert it back: what was converted, what was left alone, and whether evaluation stayed the same"
+    "Convert a model of a family and back: what was converted, and did evaluation stay the same?"
     torch.manual_seed(0)
     model,x = families[name]()
     bns = [m for m in model.eval().modules() if isinstance(m, _BatchNorm)]
-    for m in bns: m.running_mean.normal_(0, .1); m.running_var.uniform_(.8, 1.2); m.num_batches_tracked.fill_(100)
+    for m in bns: # as if it was trained
+        m.running_mean.normal_(0, .1)
+        m.running_var.uniform_(.8, 1.2)
+        m.num_batches_tracked.fill_(100)
     run = partial(model, *x) if isinstance(x, tuple) else partial(model, x)
     types,first = [type(m) for m in model.modules()],_flat(run())
     report = to_runbn(model, dry_run=True)
     if bns: to_runbn(model)
     after,second = surgery_report(model),_flat(run())
     back = [type(m) for m in to_bn(model).modules()]
-    same = all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in zip(first, second, _flat(run())))
+    outputs = zip(first, second, _flat(run()))
+    same = all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in outputs)
     kinds = ', '.join(dict.fromkeys(type(m).__name__ for m in bns)) or 'none'
-    return dict(model=name, norms=len(bns), kinds=kinds, converted=len(after.running), left_alone=len(after.left_alone), others=dict(report.others),
-        bit_equal=same and back==types)
+    return dict(model=name, norms=len(bns), kinds=kinds, converted=len(after.running),
+        left_alone=len(after.left_alone), others=dict(report.others), bit_equal=same and back==types)

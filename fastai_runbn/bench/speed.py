@@ -127,8 +127,10 @@ def interleave(
         for _ in range(2): f()
         n[name] = max(1, math.ceil(sample_ms/min(_sample(f, 1, device) for _ in range(3))))
     collects = gc.isenabled()
-    gc.collect(); gc.disable()                                          # or the collector strikes at random
-    try: times = [{name:_sample(fs[name], n[name], device) for name in rng.sample(list(fs), len(fs))} for _ in range(rounds)]
+    gc.collect()
+    gc.disable() # or the collector strikes at random
+    def one_round(): return {k:_sample(fs[k], n[k], device) for k in rng.sample([*fs], len(fs))}
+    try: times = [one_round() for _ in range(rounds)]
     finally:
         if collects: gc.enable()
     return pd.DataFrame(times, columns=list(fs))
@@ -284,6 +286,14 @@ def _threads(n):
     try: yield torch.get_num_threads()
     finally: torch.set_num_threads(before)
 
+def _counted(f, device):
+    return dict(ops=count_ops(f, device), peak_mb=peak_memory(f, device)/1e6)
+
+def _warnings_of(said):
+    "The first lines of recorded warnings"
+    told = [w for w in said if issubclass(w.category, (UserWarning,RuntimeWarning))]
+    return '; '.join(dict.fromkeys(str(w.message).splitlines()[0][:160] for w in told))
+
 def _bench_layer(shape, layout, precision, threads, names, rounds, sample_ms, device, bandwidth):
     dtype = torch.float32 if precision=='float32' else torch.bfloat16
     pool,fs,facts = _pool(shape, layout, dtype, device),{},{}
@@ -292,21 +302,25 @@ def _bench_layer(shape, layout, precision, threads, names, rounds, sample_ms, de
             layer = contenders[name][len(shape)-4](shape[1]).to(device).train()
             parts = _passes(layer, pool, precision, device)
             with warnings.catch_warnings(record=True) as said: parts['both'](); parts['both']()
-            facts[name] = dict(ops=count_ops(parts['both'], device), peak_mb=peak_memory(parts['both'], device)/1e6, path=str(getattr(layer, 'path', '')),
-                note='; '.join(dict.fromkeys(str(w.message).splitlines()[0][:160] for w in said if issubclass(w.category, (UserWarning,RuntimeWarning)))))
+            facts[name] = dict(**_counted(parts['both'], device), path=str(getattr(layer, 'path', '')),
+                note=_warnings_of(said))
             fs.update({(name,part):f for part,f in parts.items()})
-        except Exception as e: facts[name] = dict(note=_reason(e)) # one that fails is a result, and no reason to lose the others
+        except Exception as e: facts[name] = dict(note=_reason(e)) # a result, too
     times = interleave(fs, rounds, sample_ms, device)
     for name in facts:
         if (name,'both') in fs: times[name,'backward'] = times[name,'both']-times[name,'forward']
-    case = dict(shape='x'.join(map(str, shape)), layout=layout, precision=precision, threads=threads, base='BatchNorm')
+    case = dict(shape='x'.join(map(str, shape)), layout=layout, precision=precision, threads=threads,
+        base='BatchNorm')
     rows = []
     for name,fact in facts.items():
         row = {**case, 'contender':name, 'note':fact['note']}
         if (name,'both') not in fs: rows.append({**row, 'part':'both'}); continue
-        for part in ('forward','backward','both'): rows.append({**row, 'part':part, **spread(times[name,part], times['BatchNorm',part])})
-        rows[-1].update(fact, peak_ratio=fact['peak_mb']/facts['BatchNorm']['peak_mb'])
-        if bandwidth: rows[-1]['roofline'] = floor_bytes(shape, dtype.itemsize)/bandwidth*1e3/rows[-1]['ms']
+        for part in ('forward','backward','both'):
+            ratios = spread(times[name,part], times['BatchNorm',part])
+            rows.append({**row, 'part':part, **ratios})
+        last = rows[-1]
+        last.update(fact, peak_ratio=fact['peak_mb']/facts['BatchNorm']['peak_mb'])
+        if bandwidth: last['roofline'] = floor_bytes(shape, dtype.itemsize)/bandwidth*1e3/last['ms']
     df = pd.DataFrame(rows).reindex(columns=columns)
     df['group'] = group_of(case['shape'], layout)
     return df
@@ -344,7 +358,9 @@ def _each(bench, cases, report, kwargs):
     return pd.concat(done, ignore_index=True) if done else pd.DataFrame(columns=columns)
 
 # %% ../../nbs/12_bench.speed.ipynb #f4e3c261
-def _block(ni, nf): return nn.Sequential(*[l for i in (ni,nf) for l in (nn.Conv2d(i, nf, 3, padding=1, bias=False), nn.BatchNorm2d(nf), nn.ReLU())])
+def _block(ni, nf):
+    def conv(ni): return nn.Conv2d(ni, nf, 3, padding=1, bias=False),nn.BatchNorm2d(nf),nn.ReLU()
+    return nn.Sequential(*conv(ni), *conv(nf))
 
 class SmallUNet(nn.Module):
     "A U-Net of two convolutions a level with BatchNorm, `(N,n_in,H,W)` to `(N,n_out,H,W)`; H and W multiples of 8"
@@ -358,8 +374,12 @@ class SmallUNet(nn.Module):
 
     def forward(self, x):
         skips = []
-        for i,block in enumerate(self.down): x = block(F.max_pool2d(x, 2) if i else x); skips.append(x)
-        for skip,up,merge in reversed(list(zip(skips, self.up, self.merge))): x = merge(torch.cat([skip,up(x)], 1))
+        for i,block in enumerate(self.down):
+            if i: x = F.max_pool2d(x, 2)
+            x = block(x)
+            skips.append(x)
+        for skip,up,merge in reversed([*zip(skips, self.up, self.merge)]):
+            x = merge(torch.cat([skip,up(x)], 1))
         return self.head(x)
 
 # %% ../../nbs/12_bench.speed.ipynb #27015c6f
@@ -416,21 +436,26 @@ def bench_model(
     "Time a model's training step with each norm, from the same weights"
     make,shape = models[name]
     fs,facts = {},{}
-    chosen = {k:model_contenders[k] for k in dict.fromkeys(('BatchNorm',*(model_contenders if names is None else names)))}
-    for contender,convert in {**chosen, **(compiled_models if compiled else {})}.items():
+    names = dict.fromkeys(('BatchNorm',*(model_contenders if names is None else names)))
+    chosen = {k:model_contenders[k] for k in names}
+    if compiled: chosen = {**chosen, **compiled_models}
+    for contender,convert in chosen.items():
         torch.manual_seed(0)
         try:
             model = make().to(memory_format=_formats(layout, len(shape)))
             step = _train_step(convert(model), shape, layout, device)
             step(); step()
-            facts[contender] = dict(ops=count_ops(step, device), peak_mb=peak_memory(step, device)/1e6, note='')
+            facts[contender] = dict(_counted(step, device), note='')
             fs[contender] = step
         except Exception as e: facts[contender] = dict(note=_reason(e))
     times,rows = interleave(fs, rounds, sample_ms, device),[]
     for contender,fact in facts.items():
         base = 'BatchNorm, model compiled' if contender in compiled_models else 'BatchNorm'
-        row = dict(shape=name, layout=layout, precision='float32', threads=torch.get_num_threads(), contender=contender, part='step', base=base, **fact)
-        if contender in fs and base in fs: row.update(spread(times[contender], times[base]), peak_ratio=fact['peak_mb']/facts[base]['peak_mb'])
+        row = dict(shape=name, layout=layout, precision='float32', threads=torch.get_num_threads(),
+            contender=contender, part='step', base=base, **fact)
+        if contender in fs and base in fs:
+            ratio = fact['peak_mb']/facts[base]['peak_mb']
+            row.update(spread(times[contender], times[base]), peak_ratio=ratio)
         rows.append(row)
     df = pd.DataFrame(rows).reindex(columns=columns)
     df['group'] = group_of(name, layout)
@@ -489,8 +514,10 @@ def machine(
     "What the figures were measured on, without the machine's name"
     info = Path('/proc/cpuinfo')
     found = re.search(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else None
-    return dict(cpu=found[1] if found else platform.processor() or platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads(),
-                gpu=torch.cuda.get_device_name() if device=='cuda' else '', torch=torch.__version__, python=platform.python_version(), date=str(date.today()))
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if device=='cuda' else ''
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+        torch=torch.__version__, python=platform.python_version(), date=str(date.today()))
 
 def save_speed(
     df:pd.DataFrame, # Of `columns`
@@ -498,7 +525,8 @@ def save_speed(
     device:str='cpu', # It was measured on
 ):
     "Write rows and machine as JSON"
-    Path(path).write_text(json.dumps(dict(machine=machine(device), rows=json.loads(df.to_json(orient='records', double_precision=6))), indent=1)+'\n')
+    rows = json.loads(df.to_json(orient='records', double_precision=6))
+    Path(path).write_text(json.dumps(dict(machine=machine(device), rows=rows), indent=1)+'\n')
 
 def load_speed(
     path, # Of `save_speed`
@@ -507,7 +535,8 @@ def load_speed(
     saved = json.loads(Path(path).read_text())
     df = pd.DataFrame(saved['rows'], columns=columns)
     df['threads'] = df.threads.fillna(saved['machine']['threads'])
-    return df.astype({c:float for c in (*_part_columns,'ops','peak_mb','peak_ratio','roofline')}),saved['machine']
+    numbers = *_part_columns,'ops','peak_mb','peak_ratio','roofline'
+    return df.astype(dict.fromkeys(numbers, float)),saved['machine']
 
 # %% ../../nbs/12_bench.speed.ipynb #f3c7b572
 def geomean(
@@ -524,8 +553,9 @@ def _verdict(group, contender, figures, limit, each=None, least=False):
     mean,worst = geomean(figures),figures.min() if least else figures.max() # nan where there are none
     ok = (mean>=limit if least else mean<=limit) and (each is None or worst<=each)
     target = f"{'≥' if least else '≤'} {limit:g}" + (f', each ≤ {each:g}' if each else '')
-    return dict(group=group, contender=contender, cases=len(figures), mean=mean, worst=worst, worst_case=worst_case, target=target,
-        met='not measured' if figures.empty else 'yes' if ok else 'no')
+    met = 'not measured' if figures.empty else 'yes' if ok else 'no'
+    return dict(group=group, contender=contender, cases=len(figures), mean=mean, worst=worst,
+        worst_case=worst_case, target=target, met=met)
 
 def summarize(
     df:pd.DataFrame, # Of `columns`
@@ -533,7 +563,8 @@ def summarize(
     "The groups' figures against their targets"
     df = df[df.part.isin(('both','step')) & (df.precision=='float32') & (df.threads==df.threads.max())]
     df = df.assign(case=df['shape']+' '+df.layout)
-    def of(contender, column='ratio', where=True): return df[(df.contender==contender) & where].set_index('case')[column].astype(float)
+    def of(contender, column='ratio', where=True):
+        return df[(df.contender==contender) & where].set_index('case')[column].astype(float)
     model,big = df.part=='step',(df.part=='both') & (df.group!='small maps')
     rows = [_verdict(g, 'ours', of('ours', where=df.group==g), limit, each) for g,(limit,each) in targets.items()]
     compiled = 'ours, model compiled'
@@ -575,9 +606,10 @@ def plot_speed(
     precision:str='float32', # Of `precisions`
     title:str='', # Of the figure
 ):
-    "Times of forward and backward, of models a whole step, as ratios to BatchNorm: bars up are slower, bars down are faster; returns the figure"
+    "Times of forward and backward, of models a step, as ratios to BatchNorm, upwards slower; the figure"
     from matplotlib.figure import Figure
-    df = df[df.part.isin(('both','step')) & (df.precision==precision) & (df.base=='BatchNorm') & df.ratio.notna()]
+    measured = (df.base=='BatchNorm') & df.ratio.notna()
+    df = df[measured & df.part.isin(('both','step')) & (df.precision==precision)]
     df = df[df.threads==df.threads.max()]
     names,shown = [n for n in colors if n in set(df.contender)],[l for l in layouts if l in set(df.layout)]
     fig = Figure(figsize=(12,3.2*len(shown)+.8), layout='constrained')
@@ -587,10 +619,12 @@ def plot_speed(
         cases = list(dict.fromkeys(part['shape']))
         for i,name in enumerate(names):
             rows = part[part.contender==name].set_index('shape')
-            at = [k+(i-(len(names)-1)/2)*.8/len(names) for k,c in enumerate(cases) if c in rows.index]
+            width = .8/len(names)
+            at = [k+(i-(len(names)-1)/2)*width for k,c in enumerate(cases) if c in rows.index]
             rows = rows.loc[[c for c in cases if c in rows.index]]
             err = [rows.ratio-rows.ratio_low, rows.ratio_high-rows.ratio]
-            ax.bar(at, rows.ratio-1, .8/len(names), bottom=1, color=colors[name], label=name, yerr=err, error_kw=dict(lw=.8, ecolor='#333333'))
+            ax.bar(at, rows.ratio-1, width, bottom=1, color=colors[name], label=name, yerr=err,
+                error_kw=dict(lw=.8, ecolor='#333333'))
         ax.axhline(1, color='black', lw=1)
         ax.set_xlim(-.5, len(cases)-.5)
         ax.set_yscale('log', base=2)
