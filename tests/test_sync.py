@@ -35,38 +35,29 @@ def test_modules_are_what_the_notebooks_export(copy):
     assert set(made) == set(have)-by_hand
     for name in made: assert made[name] == have[name], f"fastai_runbn/{name} and its notebook differ: run nbdev-export, or nbdev-update if the module is right"
 
-def rooms():
-    "Modules by name, and the number of the notebook that each is exported from"
-    found = {}
-    for p in notebooks:
-        name = re.search(r'#\| default_exp ([\w.]+)', p.read_text())
-        if name: found[name[1]] = int(p.name[:2])
-    return found
+def tool(name):
+    "A module of `tools`"
+    spec = importlib.util.spec_from_file_location(name, root/'tools'/f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-def imported(name):
-    "`(module, names)` of each import of the library in the module `name`"
-    path = package/(name.replace('.', '/')+'.py')
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom): continue
-        base = ['fastai_runbn',*name.split('.')]
-        where = base[:len(base)-node.level] if node.level else []
-        where += (node.module or '').split('.')*bool(node.module)
-        if where[:1]!=['fastai_runbn']: continue
-        names = [a.name for a in node.names]
-        inner = [n for n in names if '.'.join([*where[1:],n]) in rooms()] # modules themselves
-        for n in inner: yield '.'.join([*where[1:],n]),[]
-        if where[1:]: yield '.'.join(where[1:]),[n for n in names if n not in inner]
+house = tool('rooms')
+floor = house.rooms() # numbers of notebooks, by module
 
-@pytest.mark.parametrize('name', rooms())
+@pytest.mark.parametrize('name', floor)
 def test_a_room_imports_from_those_below_it_by_public_names(name):
-    floor = rooms()
-    for module,names in imported(name):
+    for module,names in house.imported(name):
         if module in floor: assert floor[module]<=floor[name], f'{name} imports from {module}'
-        assert not [n for n in names if n.startswith('_') and n!='__version__'], f'{name} imports {names}'
+        private = [n for n in names if n.startswith('_') and n!='__version__']
+        assert not private, f'{name} imports {private} from {module}'
+
+def test_the_map_of_rooms_is_what_they_import():
+    assert house.diagram() in (root/'CONTRIBUTING.md').read_text(), 'run python tools/rooms.py'
 
 def test_classes_stand_whole():
     "`@patch` is for classes of others"
-    for name in rooms():
+    for name in floor:
         text = (package/(name.replace('.', '/')+'.py')).read_text()
         patched = re.findall(r'@patch.*\n(?:@.*\n)*def \w+\((?:self|cls):(\w+)', text)
         own = set(re.findall(r'^class (\w+)', text, re.M))
@@ -114,13 +105,11 @@ def test_every_notebook_is_in_the_sidebar():
 
 def test_mutations_are_of_the_code_as_it_is():
     "What `tools/mutations.py` breaks stands once in its module, and tests/MUTATIONS.md has a row for it, of that code"
-    spec = importlib.util.spec_from_file_location('mutations', root/'tools'/'mutations.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    broken = tool('mutations')
     rows = (root/'tests'/'MUTATIONS.md').read_text()
-    for what,module,old,new,_ in tool.mutations+tool.in_triton+tool.in_c:
-        assert tool.source(package, module).read_text().count(old)==1, what
-        assert tool._row(what, module, old, new, Counter()).removesuffix('**nothing**|') in rows, f'{what}: run `python tools/mutations.py {what!r}`'
+    for what,module,old,new,_ in broken.mutations+broken.in_triton+broken.in_c:
+        assert broken.source(package, module).read_text().count(old)==1, what
+        assert broken._row(what, module, old, new, Counter()).removesuffix('**nothing**|') in rows, f'{what}: run `python tools/mutations.py {what!r}`'
 
 def test_style():
     got = subprocess.run([str(Path(sys.executable).parent/'chkstyle'), 'fastai_runbn', 'nbs'], cwd=root, capture_output=True, text=True)
