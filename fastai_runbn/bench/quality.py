@@ -541,6 +541,8 @@ def best_rate(df):
     scores = df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.agg(['size','mean'])
     return float(scores[scores['size']==scores['size'].max()]['mean'].idxmax())
 
+def _at_best(rows): return pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
+
 def _next_rates(done, rates, norm, rivals, near):
     "The rate at which `norm` gets further seeds: the best with the first, if its rivals have that"
     first = done[done.seed==0]
@@ -665,7 +667,6 @@ def _figure(df, title, path, draw, *, xlabel, ylabel, log=None, ticks=()):
     if path: fig.savefig(path, dpi=110)
     return fig
 
-def _at_best(rows): return pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
 
 def _score_name(regime): return 'validation accuracy' if regimes[regime].metric is accuracy else 'mean IoU on the validation set'
 
