@@ -8,6 +8,7 @@ __all__ = ['sync_modes', 'WindowSync', 'LayerSync', 'StepSync', 'unwrapped', 'in
 # %% ../nbs/09_distributed.ipynb #ac011d2d
 import math
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 import torch, torch.distributed as dist
 from torch import nn, Tensor
@@ -117,9 +118,13 @@ class _Norms:
 
     def unless_changed(self, new):
         "`new`, but what follows from statistics that others have written meanwhile, where they have"
-        changed = [is_changed(m.state()) for m in self.modules]
-        channels,layers = torch.cat(changed),torch.stack([c.any() for c in changed])
+        kept = dict(avg_mean='running_mean', avg_var='running_var', known_mean='known_mean',
+            known_var='known_var')
+        state = {k:torch.cat([getattr(m, name) for m in self.modules]) for k,name in kept.items()}
+        channels = is_changed(SimpleNamespace(**state))
         if channels.is_cpu and not channels.any(): return new
+        changed = channels.split(self.sizes)
+        layers = torch.stack([c.any() for c in changed])
         for m,c in zip(self.modules, changed): m.seed_window(c)
         def either(field, now, new):
             where = layers if field in _numbers else channels

@@ -1,5 +1,6 @@
 "The quality study: every contender in every regime, two processes, and a file that is gone on with"
-import itertools,json,subprocess,sys
+import itertools,json,math,subprocess,sys
+from pathlib import Path
 import numpy as np
 import pytest,torch
 from PIL import Image
@@ -234,3 +235,28 @@ print(trial('R1 digits', 'ours', 32, .03, 0, epochs=1)['score'])'''
     p = subprocess.run([sys.executable,'-W','ignore','-c',code], capture_output=True, text=True)
     assert not p.returncode, p.stderr[-2000:]
     assert float(p.stdout)>.5
+
+root = Path(__file__).resolve().parent.parent
+tasks_of_readme = {'small ResNet, photographs':'R2', 'the same with SGD':'R2 SGD',
+    'gradients of 32 accumulated':'R3', 'U-Net, road scenes, IoU':'H8',
+    'U-Net, digits in photographs, IoU':'R5', '3-d ResNet, bodies in noise':'H3',
+    "lesson 10's convnet, digits":'R1', '1-d ResNet, digits as sequences':'H9',
+    'DenseNet, clothes':'H1', 'MobileNetV3, clothes':'H2', 'EfficientNet, clothes':'H4',
+    'ResNeXt, clothes':'H5', 'RegNet, photographs':'H6', 'MobileNetV2, photographs':'H7',
+    '3-d U-Net, MRI, Dice, 1 volume':'V1', 'fine-tuning (frozen BN .700)':'R4'}
+
+def test_the_table_of_readme_is_the_studys():
+    text = (root/'README.md').read_text()
+    _,*cells = text[text.index('| | this layer |'):].split('\n\n')[0].splitlines()
+    rows = [[c.strip().strip('*') for c in line.strip('|').split('|')] for line in cells[1:]]
+    assert [r[0] for r in rows]==[*tasks_of_readme]
+    columns = {k:(k,None) for k in ('ours','MABN','MABN, means kept','GroupNorm',
+        'GroupNorm, means kept','BatchNorm')}
+    columns['BatchNorm, 32'] = 'BatchNorm',32
+    study = quality.load_quality(root/'nbs'/'quality.jsonl')
+    table = quality.means_table(study, tasks_of_readme.values(), columns)
+    eight = quality.means_table(study, ['V1'], {'8 volumes':('BatchNorm',8)})
+    table.loc['V1','BatchNorm, 32'] = eight.iloc[0,0]
+    def shown(v): return '' if math.isnan(v) else f'{v:.3f}'.removeprefix('0')
+    for (_,*told),(_,values) in zip(rows, table.iterrows()):
+        assert [t.removesuffix(' (8)') for t in told]==[*map(shown, values)]

@@ -68,7 +68,7 @@ def test_an_interrupted_study_keeps_its_trials(tmp_path, monkeypatch, capsys):
     assert (code,err)==(130,'runbn bench: interrupted\n') and 'Trials so far: ' in out
 
 @pytest.mark.parametrize('given,want', [([],'R1 H3 H9'),
-    (['photos'],'R1 R2 H3 H6 H7 H9'), (['photos','--only','H[1-8]'],'H1 H2 H3 H4 H5 H6 H7'),
+    (['photos'],'R1 R2 H3 H6 H7 H9 H10'), (['photos','--only','H[1-8]$'],'H1 H2 H3 H4 H5 H6 H7'),
     (['roads'],'R1 H3 H8 H9 V2 V3'), (['a.npz'],'R1 H3 H9 V1 V1_MONAI')], ids=str)
 def test_nets_on_clothes_do_not_get_photographs(given, want, tmp_path, monkeypatch, capsys):
     "Nor does anything run without the data that it needs"
