@@ -253,8 +253,8 @@ def _average(norms, settings, old, batch, window, share):
     a = norms.expand((bs/norms.numbers(lengths, bs)).clamp(max=1))
     steps = old.steps+1-head_start
     share = average_share(steps, a, share)
-    by_momentum = [type(s.momentum) is not AutoMomentum for s in settings]
-    by_momentum = norms.flags(by_momentum, bs) if any(by_momentum) else None
+    def channels(layers): return norms.flags(layers, bs) if any(layers) else None
+    by_momentum = channels([type(s.momentum) is not AutoMomentum for s in settings])
     if by_momentum is not None:
         batches = norms.expand(old.batches.to(share.dtype))+1
         momentum = norms.expand(norms.numbers((s.momentum or 0. for s in settings), share))
@@ -262,8 +262,7 @@ def _average(norms, settings, old, batch, window, share):
         momentum = torch.where(cumulative, 1/torch.minimum(steps, batches), momentum)
         share = torch.where(by_momentum, momentum, share)
     mean,var = merge_moments(old.avg_mean, old.avg_var, batch.mean, batch.var, share)
-    as_window = [s.eval_window is None for s in settings]
-    as_window = norms.flags(as_window, bs) if any(as_window) else None
+    as_window = channels([s.eval_window is None for s in settings])
     if by_momentum is not None: # BatchNorm's: unbiased, and without the spread between batches
         unbiased = batch.var*batch.n/(batch.n-1).clamp(min=1)
         var = torch.where(by_momentum, torch.lerp(old.avg_var, unbiased, share), var)

@@ -289,7 +289,8 @@ def running_norm(
     if call.state is not None: # so that what follows may change the result in place
         return RunningNorm.apply(x, weight, bias, [None], None, call),None
     how,step = call.how,call.step
-    if saved is None: y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state=state, step=step)
+    if saved is None:
+        y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state=state, step=step)
     else:
         with torch.no_grad(): y = how.normalize(x, weight, bias, saved, step)
     return _apply(x, weight, bias, [y], saved, call),saved

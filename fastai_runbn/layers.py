@@ -238,9 +238,9 @@ def _step(samples, bs, M, window, running_grad, momentum, eval_window, eps, **kw
     return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps,
         longest=longest, **kwargs)
 _constants = int,float,AdaptiveWindow # settings that are no tensors, which a schedule changes
-_that_matter = ('window','running_grad','momentum','eval_window','eps','clamp','clamp_inclusive',
-    'track_running_stats','backend')
-_settings_of = itemgetter(*_that_matter)
+_of_a_step = ('window','running_grad','momentum','eval_window','eps','clamp','clamp_inclusive',
+    'track_running_stats','backend') # attributes on which a `Step` depends
+_settings_of = itemgetter(*_of_a_step)
 
 class RunningBatchNormMixin(WindowBuffers):
     "What turns `nn.BatchNorm1d/2d/3d` into a running norm; the layers below inherit from it first"
@@ -313,7 +313,7 @@ class RunningBatchNormMixin(WindowBuffers):
         taken = mean is None and var is None # away, as some test-time adaptation does
         if taken or not self.training or not (x.numel() or self.keeper.takes_empty):
             return F.batch_norm(x, mean, var, self.weight, self.bias, training=taken, momentum=0.,
-            eps=self.eps)
+                eps=self.eps)
         if x.shape[1]!=self.num_features:
             raise RuntimeError(f'{type(self).__name__} of {self.num_features} channels got '
                 f'{x.shape[1]}, in an input of shape {tuple(x.shape)}')

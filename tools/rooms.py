@@ -1,11 +1,13 @@
 "Draw the rooms of the library and who imports whom into CONTRIBUTING.md: `python tools/rooms.py`, or `--check`"
 import ast,re,sys
+from functools import cache
 from pathlib import Path
 import networkx
 
 root = Path(__file__).resolve().parent.parent
 package = root/'fastai_runbn'
 
+@cache
 def rooms():
     "Modules by name, and the number of the notebook that each is exported from"
     found = {}

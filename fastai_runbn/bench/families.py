@@ -60,11 +60,11 @@ def _fused():
 # %% ../../nbs/12_bench.families.ipynb #9826f8d0
 _in_3d = dict(spatial_dims=3, in_channels=1, out_channels=3)
 
-_sizes = dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64,
+_of_timm = dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64,
     regnetx_002=64, densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64,
     lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64, hrnet_w18_small=64,
     vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64, vit_tiny_patch16_224=224)
-_shapes = dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64),
+_of_torchvision = dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64),
     fcn_resnet50=(1,3,64,64), fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32),
     s3d=(1,3,16,224,224))
 _of_monai = dict(UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='batch'),
@@ -72,8 +72,8 @@ _of_monai = dict(UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='ba
 _of_fastai = 'vision_learner','unet_learner','tabular_learner','wgan critic'
 
 families = {
-    **{f'timm {n}':partial(_timm, n, size) for n,size in _sizes.items()},
-    **{f'torchvision {n}':partial(_torchvision, n, *shape) for n,shape in _shapes.items()},
+    **{f'timm {n}':partial(_timm, n, size) for n,size in _of_timm.items()},
+    **{f'torchvision {n}':partial(_torchvision, n, *shape) for n,shape in _of_torchvision.items()},
     **{f'fastai {n}':partial(_fastai, n) for n in _of_fastai},
     **{f'smp {n}':partial(_smp, n) for n in ('unet','fpn','deeplabv3plus')},
     **{f'monai {n}':partial(_monai, n, **kwargs) for n,kwargs in _of_monai.items()},
