@@ -241,7 +241,8 @@ tasks_of_readme = {'small ResNet, photographs':'R2', 'the same with SGD':'R2 SGD
     'gradients of 32 accumulated':'R3', 'U-Net, road scenes, IoU':'H8',
     'U-Net, digits in photographs, IoU':'R5', '3-d ResNet, bodies in noise':'H3',
     "lesson 10's convnet, digits":'R1', '1-d ResNet, digits as sequences':'H9',
-    'DenseNet, clothes':'H1', 'MobileNetV3, clothes':'H2', 'EfficientNet, clothes':'H4',
+    'ShuffleNetV2, photographs':'H10', 'DenseNet, clothes':'H1', 'MobileNetV3, clothes':'H2',
+    'EfficientNet, clothes':'H4',
     'ResNeXt, clothes':'H5', 'RegNet, photographs':'H6', 'MobileNetV2, photographs':'H7',
     '3-d U-Net, MRI, Dice, 1 volume':'V1', 'fine-tuning (frozen BN .700)':'R4'}
 
