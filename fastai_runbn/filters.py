@@ -7,9 +7,10 @@ __all__ = ['KeptMean', 'FilterMeans']
 
 # %% ../nbs/08_filters.ipynb #92c64e72
 from collections import Counter
+from copy import copy
 from typing import NamedTuple
 import torch
-from torch import nn,Tensor
+from torch import fx,nn,Tensor
 from torch.nn.modules.conv import _ConvNd
 from .layers import RunningBatchNormMixin
 
@@ -30,7 +31,7 @@ class KeptMean(NamedTuple):
 
 # %% ../nbs/08_filters.ipynb #e0bac80b
 def _left(conv, after, norms, shared, trained):
-    "Why the filters of `conv`, which `after` follows, are left alone, or ''"
+    "Why the filters of `conv`, whose output goes to `after` first, are left alone, or ''"
     w = conv.weight
     if not isinstance(w, nn.Parameter): return 'parametrized'
     if not w.requires_grad: return 'frozen'
@@ -47,6 +48,64 @@ def _untrained(norm):
     mean = getattr(norm, 'running_mean', None)
     return mean is None or not (mean.any() or norm.num_batches_tracked)
 
+# %% ../nbs/08_filters.ipynb #94f0b313
+class _Tracer(fx.Tracer):
+    "Traces a model down to its layers: modules that have weights, or no modules in them"
+    def is_leaf_module(self, m, name):
+        layer = 'weight' in m._parameters or not m._modules or isinstance(m, torch.jit.ScriptModule)
+        return layer or super().is_leaf_module(m, name)
+
+_wrappers = 'torch.nn.parallel','torch.distributed','torch._dynamo'
+
+def _is_wrapper(m):
+    "Does `m` run other modules in a way that is not to be traced: on several devices, compiled?"
+    return any(c.__module__.startswith(_wrappers) for c in type(m).__mro__)
+
+def _copy(m, copies):
+    "`m` and the modules in it once more, with the same tensors, without hooks; `copies` has those made so far"
+    if m is None or m in copies: return copies.get(m)
+    own = {k:copy(v) if isinstance(v, (dict,list,set)) else v for k,v in vars(m).items()}
+    own.update({k:type(v)() for k,v in own.items() if k.endswith('_hooks')})
+    copies[m] = new = object.__new__(type(m))
+    vars(new).update(own, _compiled_call_impl=None)
+    if not isinstance(m, torch.jit.ScriptModule):
+        vars(new)['_modules'] = {k:_copy(c, copies) for k,c in m._modules.items()}
+    return new
+
+def _graphs(m):
+    "Graphs of `m`, or of the largest modules in it that can be traced, each with its root"
+    if not m._modules: return []
+    if not _is_wrapper(m):
+        try: return [(m,_Tracer().trace(m))]
+        except Exception: pass # whatever a forward raises that is given symbols
+    return [o for c in m._modules.values() if c is not None for o in _graphs(c)]
+
+# %% ../nbs/08_filters.ipynb #44ebf9ed
+def _takers(root, graph):
+    "Layers called in `graph`: the first called of the layers that take their output, or None"
+    layers = {n:root.get_submodule(n.target) for n in graph.nodes if n.op=='call_module'}
+    layers = {n:m for n,m in layers.items() if any(o._parameters for o in m.modules())}
+    place = {n:i for i,n in enumerate(graph.nodes)}
+    first,takers = {},{}
+    for n in reversed(graph.nodes):
+        users = [u if u in layers else first[u] for u in n.users]
+        first[n] = min(filter(None, users), key=place.get, default=None)
+    for n,m in layers.items():
+        if takers.get(m) is None: takers[m] = layers.get(first[n])
+    return takers
+
+def _followers(model):
+    "Layers of `model` that have parameters: the layer that takes their output first, or None"
+    layers,copies = [m for m in model.modules() if m._parameters],{}
+    after = dict(zip(layers, [*layers[1:],None]))
+    with torch.random.fork_rng(devices=[]): graphs = _graphs(_copy(model, copies))
+    originals = {c:m for m,c in copies.items()} | {None:None}
+    for root,graph in graphs:
+        for layer,taker in _takers(root, graph).items():
+            if taker is not None or originals[root] is model:
+                after[originals[layer]] = originals[taker]
+    return after
+
 # %% ../nbs/08_filters.ipynb #dfe8e853
 class FilterMeans:
     "Filters of convolutions keep their means; before an untrained norm every second one has zero"
@@ -57,14 +116,17 @@ class FilterMeans:
         params=None, # Parameters that are trained; default: those that require a gradient
     ):
         self.filters,self.left = {},{} # names: `KeptMean`; names: why they are left alone
-        own = [(n,m) for n,m in model.named_modules() if m._parameters]
+        modules = dict(model.named_modules())
+        if norms is None:
+            norms = [n for n,m in modules.items() if isinstance(m, RunningBatchNormMixin)]
+        norms = [modules[n] for n in norms if n in modules]
+        if not norms: return
         shared = Counter(id(p) for _,p in model.named_parameters(remove_duplicate=False))
         trained = None if params is None else {id(p) for p in params}
-        if norms is None: norms = [n for n,m in own if isinstance(m, RunningBatchNormMixin)]
-        norms = [m for n,m in own if n in norms]
-        for (name,conv),(_,after) in zip(own, [*own[1:], ('',None)]) if norms else ():
+        followers = _followers(model)
+        for name,conv in modules.items():
             if not isinstance(conv, _convs): continue
-            key = f'{name}.weight'
+            key,after = f'{name}.weight',followers.get(conv)
             why = _left(conv, after, norms, shared, trained)
             if why:
                 self.left[key] = why

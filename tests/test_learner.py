@@ -149,53 +149,6 @@ def test_filters_of_trained_models_keep_their_means(make):
         torch.testing.assert_close(after[n].mean([1,2,3]), before[n].mean([1,2,3]), rtol=0, atol=1e-7)
         assert before[n].mean([1,2,3]).abs().max()>1e-4
 
-def drawn(net):
-    filters = {n:p.detach() for n,p in net.named_parameters() if p.ndim>2}
-    return {n:w.mean([*range(1, w.ndim)], keepdim=True) for n,w in filters.items()}
-
-def kept(net, *args): return {n:mean for n,(_,mean,_) in FilterMeans(net, *args).filters.items()}
-
-def same_means(got, want):
-    assert got.keys()==want.keys()
-    for n in got: assert torch.equal(got[n], want[n]), n
-
-def test_filters_are_those_that_are_not_depthwise_nor_before_another_norm():
-    net = to_runbn(nn.Sequential(nn.Conv1d(2,4,3), nn.BatchNorm1d(4), nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4), nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8), nn.Conv1d(8,3,1), nn.GroupNorm(1,3),
-        nn.Conv1d(3,4,1), nn.Linear(5,8), nn.BatchNorm1d(4), nn.Conv1d(4,3,1), nn.PReLU(), nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4), nn.Conv1d(4,2,1), nn.BatchNorm1d(6), nn.Conv1d(4,4,1)))
-    want = {f'{i}.weight':drawn(net)[f'{i}.weight'] for i in (0,4,9,16)}
-    for i in (0,4,16): want[f'{i}.weight'][::2] = 0       # before a norm
-    same_means(kept(net), want)
-    assert FilterMeans(net).left=={'2.weight':'depthwise','7.weight':'before a GroupNorm',
-        '12.weight':'before a PReLU','18.weight':'last'}
-    assert not kept(net, [])
-    net[1](torch.randn(2,4,5))                                   # now it is trained,
-    want['0.weight'] = drawn(net)['0.weight']
-    same_means(kept(net), want)                                 # and stays what it is
-    same_means(kept(net, ['6']), {n:m for n,m in want.items() if n in ('4.weight','9.weight')})
-    FilterMeans(net).after_step()
-    for n,m in drawn(net).items(): assert n not in want or torch.allclose(m, want[n], atol=1e-7)
-
-@pytest.mark.parametrize('net,zero', [
-    (lambda: nn.Sequential(nn.Conv2d(1,6,3), nn.BatchNorm2d(6)), True),          # one channel of grey
-    (lambda: nn.Sequential(nn.Conv3d(2,6,3), nn.ReLU(), nn.BatchNorm3d(6)), True), # as in lesson 10
-    (lambda: nn.Sequential(nn.Conv2d(3,6,3), nn.Conv2d(6,6,3), nn.Linear(3,3), nn.BatchNorm2d(6)), False)], # they may be of a trained encoder without norms
-    ids=['grey','norm after ReLU','no norm'])
-def test_every_second_filter_before_an_untrained_norm_has_a_mean_of_zero(net, zero):
-    net = to_runbn(net())
-    want = drawn(net)
-    if zero: want['0.weight'][::2] = 0
-    same_means(kept(net), want)
-
-def test_nothing_is_kept_without_running_norms():
-    assert not kept(nn.Sequential(nn.Conv2d(2,4,3), nn.BatchNorm2d(4), nn.Conv2d(4,4,3)))
-
-def test_norms_of_any_kind_can_be_named():
-    "And those without statistics are taken for untrained"
-    net = nn.Sequential(nn.Conv2d(2,4,3), nn.GroupNorm(2,4), nn.Conv2d(4,4,3), nn.BatchNorm2d(4))
-    want = drawn(net)
-    for mean in want.values(): mean[::2] = 0
-    same_means(kept(net, ['1','3']), want)
-
 def test_means_of_filters_are_taken_where_the_model_trains(make):
     "After callbacks have moved it: fastai puts it on its device in `before_fit`, later than the callback converts"
     class Move(Callback):

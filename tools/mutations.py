@@ -19,7 +19,8 @@ graphs = ['tests/test_graph.py','-n0']
 others_in_c = ['tests/test_kernels.py','-n0','-k','others_write or overflows']
 ends = ['tests/test_contract.py','-k','ends_with_its_backward']
 learners = ['tests/test_learner.py','-k',
-    'filters_are_those or filters_keep_their_means_on or every_second or means_of_filters and plain']
+    'filters_keep_their_means_on or means_of_filters and plain']
+filters = ['tests/test_filters.py','-n0']
 looks = ['tests/test_interpret.py']
 tiles = ['tests/test_interpret.py','-n0','-k','tiles']
 lightning = ['tests/test_integration.py','-n0','-k','lightning_hears']
@@ -121,15 +122,25 @@ mutations = [
     ('filters: not centred after a step', 'filters', 'w.sub_(_mean(w, nonzero)-mean)', 'pass',
         learners),
     ('filters: half at zero in trained nets too', 'filters',
-        'after in norms and _untrained(after)', 'after in norms', learners),
-    ('filters: none at zero', 'filters', 'mean[::2] = 0', 'pass', learners),
-    ('filters: all at zero', 'filters', 'mean[::2] = 0', 'mean[:] = 0', learners),
+        'after in norms and _untrained(after)', 'after in norms', filters),
+    ('filters: none at zero', 'filters', 'mean[::2] = 0', 'pass', filters),
+    ('filters: all at zero', 'filters', 'mean[::2] = 0', 'mean[:] = 0', filters),
     ('filters: depthwise ones too', 'filters', 'w.shape[1]==1 and conv.groups>1', 'False',
-        learners),
+        filters),
     ('filters: whatever stands before whatever', 'filters',
-        "return '' if followed else", "return '' if True else", learners),
+        "return '' if followed else", "return '' if True else", filters),
     ('filters: the last ones too', 'filters', "if after is None: return 'last'",
-        "if after is None: return ''", learners),
+        "if after is None: return ''", filters),
+    ('filters: layers follow each other as they are registered', 'filters',
+        'if taker is not None or originals[root] is model:', 'if False:', filters),
+    ('filters: the last that takes an output counts', 'filters', 'min(filter(None, users)',
+        'max(filter(None, users)', filters),
+    ('filters: hooks are called in a trace', 'filters', "if k.endswith('_hooks')", 'if False', filters),
+    ('filters: a trace leaves things in lists', 'filters',
+        'copy(v) if isinstance(v, (dict,list,set)) else v', 'v', filters),
+    ('filters: a trace draws random numbers', 'filters',
+        'with torch.random.fork_rng(devices=[]): graphs', 'graphs', filters),
+    ('filters: compiled modules are traced', 'filters', 'if not _is_wrapper(m):', 'if True:', filters),
     ('filters: means from before the model has moved', 'callback',
         'self.means = None # not chosen yet', 'self.means = self._filter_means()', learners),
     ('interpretation leaves the model in evaluation', 'interpret',
