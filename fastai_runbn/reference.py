@@ -20,19 +20,27 @@ class ReferenceRunningBatchNorm(nn.Module):
     ):
         super().__init__()
         self.nf,self.mom,self.eps = nf,mom,eps
-        self.mults = nn.Parameter(torch.ones(nf)) if affine else None
-        self.adds = nn.Parameter(torch.zeros(nf)) if affine else None
-        for name in ('sums','sqrs'): self.register_buffer(name, torch.zeros(nf))
-        for name in ('count','dbias','batch','step'): self.register_buffer(name, torch.tensor(0.))
+        self.mults,self.adds = None,None
+        if affine:
+            self.mults = nn.Parameter(torch.ones(nf))
+            self.adds = nn.Parameter(torch.zeros(nf))
+        for name in ('sums','sqrs'):
+            self.register_buffer(name, torch.zeros(nf))
+        for name in ('count','dbias','batch','step'):
+            self.register_buffer(name, torch.tensor(0.))
 
     def update_stats(self, x:Tensor):
-        "Average the batch's sums, squares and count into the buffers; the old values carry no graph"
+        "Average the batch's sums, squares and count into the buffers; old values carry no graph"
         bs,nc = x.shape[:2]
         dims = [d for d in range(x.ndim) if d!=1]
-        a = self.mom if bs==1 else 1-(1-self.mom)/math.sqrt(bs-1)
+        a = self.mom
+        if bs!=1:
+            a = 1-(1-a)/math.sqrt(bs-1)
         def ema(old, new): return torch.lerp(old.detach(), new, a)
-        self.sums,self.sqrs = ema(self.sums, x.sum(dims)),ema(self.sqrs, (x*x).sum(dims))
-        self.count = ema(self.count, self.count.new_tensor(x.numel()/nc))
+        self.sums = ema(self.sums, x.sum(dims))
+        self.sqrs = ema(self.sqrs, (x*x).sum(dims))
+        M = self.count.new_tensor(x.numel()/nc)
+        self.count = ema(self.count, M)
         self.dbias = ema(self.dbias, torch.ones_like(self.dbias))
         self.batch,self.step = self.batch+bs,self.step+1
 
@@ -44,5 +52,7 @@ class ReferenceRunningBatchNorm(nn.Module):
         var = Q/n - mean*mean
         if self.batch<20: var = var.clamp_min(0.01)
         shape = (1,-1) + (1,)*(x.ndim-2)
-        y = (x-mean.view(shape)) / (var+self.eps).sqrt().view(shape)
-        return y if self.mults is None else y*self.mults.view(shape) + self.adds.view(shape)
+        std = (var+self.eps).sqrt()
+        y = (x-mean.view(shape)) / std.view(shape)
+        if self.mults is None: return y
+        return y*self.mults.view(shape) + self.adds.view(shape)

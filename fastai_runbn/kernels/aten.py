@@ -19,7 +19,8 @@ class SyncBatchNormParts(Formulas):
     def fits(cls, x, state):
         "Are these what the kernels can compute with?"
         T = state.mean.dtype
-        half = T==torch.float32 and x.dtype in (torch.bfloat16,torch.float16)
+        narrower = torch.bfloat16,torch.float16
+        half = T==torch.float32 and x.dtype in narrower
         return x.is_cuda and state.mean.is_cuda and (x.dtype==T or half)
 
     @classmethod
@@ -27,28 +28,41 @@ class SyncBatchNormParts(Formulas):
 
     @classmethod
     def normalize(cls, x, weight, bias, saved, step):
-        if step.act is not None: return super().normalize(x, weight, bias, saved, step)
-        weight,bias = [t if t is None else t.to(saved.dtype) for t in (weight,bias)]
+        if step.act is not None:
+            return super().normalize(x, weight, bias, saved, step)
+        weight = _cast(weight, saved.dtype)
+        bias = _cast(bias, saved.dtype)
+        mean = saved[0]
         rstd = (saved[1]+step.eps).rsqrt_()
-        return torch.batch_norm_elemt(x, weight, bias, saved[0], rstd, step.eps)
+        return torch.batch_norm_elemt(x, weight, bias, mean, rstd, step.eps)
 
     @classmethod
     def sums(cls, dy, x, weight, bias, saved, step):
-        if step.act is not None: return super().sums(dy, x, weight, bias, saved, step)
+        if step.act is not None:
+            return super().sums(dy, x, weight, bias, saved, step)
+        mean = saved[0]
         rstd = (saved[1]+step.eps).rsqrt_()
         wanted = True,False,False # sums, but not the gradients of weight and bias
-        sum_dy,sum_dy_xmu,_,_ = torch.batch_norm_backward_reduce(_laid_out_as(dy, x), x, saved[0],
-            rstd, weight, *wanted)
+        dy = _laid_out_as(dy, x)
+        sum_dy,sum_dy_xmu,_,_ = torch.batch_norm_backward_reduce(dy, x, mean, rstd,
+            weight, *wanted)
         return torch.stack((sum_dy, sum_dy_xmu*rstd))
 
     @classmethod
     def dx(cls, dy, x, weight, bias, saved, G, step):
-        if step.act is not None: return super().dx(dy, x, weight, bias, saved, G=G, step=step)
-        weight = weight if weight is None else weight.to(saved.dtype)
+        if step.act is not None:
+            return super().dx(dy, x, weight, bias, saved,
+                G=G, step=step)
+        weight = _cast(weight, saved.dtype)
+        mean = saved[0]
         rstd = (saved[1]+step.eps).rsqrt_()
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         sums = G[0].contiguous(),G[1]/rstd,one
-        return torch.batch_norm_backward_elemt(_laid_out_as(dy, x), x, saved[0], rstd, weight, *sums)
+        dy = _laid_out_as(dy, x)
+        return torch.batch_norm_backward_elemt(dy, x, mean, rstd, weight, *sums)
+
+def _cast(t, T): return t if t is None else t.to(T)
 
 def _laid_out_as(dy, x):
-    return dy if dy.stride()==x.stride() else torch.empty_like(x).copy_(dy)
+    if dy.stride()==x.stride(): return dy
+    return torch.empty_like(x).copy_(dy)

@@ -35,16 +35,20 @@ def load()->ctypes.CDLL: # `None` where there are none, or not for this platform
         except OSError: continue
         if not hasattr(lib, 'runbn_size'): continue
         if lib.runbn_size()!=Struct('9q8d3qd25P').size: continue
-        for f in (lib.runbn_forward,lib.runbn_backward): f.argtypes = [ctypes.c_char_p]
+        for f in (lib.runbn_forward,lib.runbn_backward):
+            f.argtypes = [ctypes.c_char_p]
         return lib
 
 def pool()->int: # Address of `GOMP_parallel`; 0: one thread
     "Entry of the threads that PyTorch's own operators run on, where those are OpenMP's"
-    try: return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+        return ctypes.cast(entry, ctypes.c_void_p).value
     except (AttributeError,OSError,TypeError): return 0
 
 kernels,parallel = load(),pool()
-instruction_set = {'AVX2':1, 'AVX512':2}.get(torch.backends.cpu.get_cpu_capability(), 0)
+_capability = torch.backends.cpu.get_cpu_capability()
+instruction_set = {'AVX2':1, 'AVX512':2}.get(_capability, 0)
 
 # %% ../../nbs/03_kernels.cpu.ipynb #dac351c3
 _channels_last = {4:torch.channels_last, 5:torch.channels_last_3d}
@@ -79,7 +83,8 @@ none = torch.empty(0, device='cpu') # in the place of a tensor that is not there
 def as_statistics(t, T):
     "`t` in dtype `T`, contiguous; `none` for `None`"
     if t is None: return none
-    return t if t.dtype is T and t.is_contiguous() else t.to(T).contiguous()
+    if t.dtype is T and t.is_contiguous(): return t
+    return t.to(T).contiguous()
 
 # %% ../../nbs/03_kernels.cpu.ipynb #8d04fa8c
 _types = {torch.float32:0, torch.float64:1, torch.bfloat16:2}
@@ -89,8 +94,8 @@ def flags_of(step)->int:
     "What there is to do, by the settings"
     auto,running = type(step.momentum) is AutoMomentum,step.running_grad
     return (UPDATE*step.update | INCLUSIVE*step.inclusive | CLAMPED*step.clamped
-        | OWN_AVERAGE*(step.average is not None or not auto) | SET*(not auto)
-        | CUMULATIVE*(step.momentum is None)
+        | OWN_AVERAGE*(step.average is not None or not auto)
+        | SET*(not auto) | CUMULATIVE*(step.momentum is None)
         | (CLIPPED|RUNNING)*(torch.is_tensor(running) or running>0)
         | ADAPTIVE*(step.longest is not None))
 
@@ -101,15 +106,18 @@ def plan(step, shape, dtype, last)->bytes:
     if made is not None and made[0]==key: return made[1]
     weight,(N,C,*rest) = step.weight,shape
     if isinstance(weight, Tensor) and weight.numel()>1: weight = 0. # each channel has its own
-    whole = (_types[dtype], instruction_set, N, C, math.prod(rest), last, _acts[step.act],
-        step.samples, flags_of(step))
-    real = (weight, step.average or 0., step.momentum or 0., step.eps, step.clip, step.clip_max,
+    whole = (_types[dtype], instruction_set,
+        N, C, math.prod(rest), last,
+        _acts[step.act], step.samples, flags_of(step))
+    real = (weight, step.average or 0., step.momentum or 0.,
+        step.eps, step.clip, step.clip_max,
         float(step.running_grad), float(step.longest or 0.))
     res = pack_plan(*whole, *real)
     if type(step) is KeptStep: step.plan = key,res
     return res
 
 _nowhere = [0]*len(State._fields)
+_at_grad = State._fields.index('grad')
 _step = KeptStep(1, 1.) # where its numbers do not matter
 
 def call(
@@ -127,8 +135,11 @@ def call(
     weights = none
     if isinstance(step.weight, Tensor) and step.weight.numel()>1:
         weights = as_statistics(step.weight, tensors[4].dtype)
-    places = parallel,x.data_ptr(),*map(address, tensors),weights.data_ptr(),*state
-    res = f(plan(step, x.shape, x.dtype, last)+pack_call(phases, threads(), floors, scale, *places))
+    places = (parallel, x.data_ptr(), *map(address, tensors),
+        weights.data_ptr(), *state)
+    kept = plan(step, x.shape, x.dtype, last)
+    rest = pack_call(phases, threads(), floors, scale, *places)
+    res = f(kept+rest)
     if res==NO_MEMORY: raise MemoryError(_no_memory.format(tuple(x.shape)))
     return res
 
@@ -145,8 +156,9 @@ def addresses(
     res = list(map(address, there))
     if kept and state.addresses==res: return res # looked at before
     T = state.mean.dtype
-    if not all(t.is_contiguous() and t.dtype in (T,torch.int64) or t is none for t in there):
-        return None
+    wanted = T,torch.int64
+    def fits(t): return t.is_contiguous() and t.dtype in wanted or t is none
+    if not all(map(fits, there)): return None
     if kept: state.addresses = res
     return res
 
@@ -168,15 +180,18 @@ def merge(phases, step, x, last, tensors, state):
     if where is None: # statistics in half precision, as parameters are
         T = state.mean.dtype
         def narrow(t): return t is not None and t.is_floating_point()
-        changes = {k:as_statistics(t, T) for k,t in state._asdict().items() if narrow(t)}
+        changes = {k:as_statistics(t, T)
+            for k,t in state._asdict().items() if narrow(t)}
         wide = State(*state)._replace(**changes)
         where = addresses(wide)
-    call(kernels.runbn_forward, phases, step, x, last, tensors=tensors, state=where,
-        floors=len(state.floors))
+    call(kernels.runbn_forward, phases, step, x, last,
+        tensors=tensors, state=where, floors=len(state.floors))
     if wide is not state:
         for t,new in zip(state, wide):
             if t is not new: t.copy_(new)
     forward_wrote(state, step)
+
+def _new_saved(x, T): return torch.empty((7,x.shape[1]), dtype=T)
 
 class Kernels(Formulas):
     "Forward and backward in C on the CPU: float32, float64, bfloat16; float16 by way of float32"
@@ -187,7 +202,8 @@ class Kernels(Formulas):
         "Are these what the kernels can compute with?"
         T,own = state.mean.dtype,x.dtype
         narrower = T is torch.float32 and own in (torch.bfloat16,torch.float16)
-        return ((own is T or narrower) and kernels is not None and x.is_cpu and state.mean.is_cpu
+        return ((own is T or narrower) and kernels is not None
+            and x.is_cpu and state.mean.is_cpu
             and state.floors.ndim==1 and x.numel()>0)
 
     @classmethod
@@ -202,24 +218,33 @@ class Kernels(Formulas):
         return y if y.dtype is x.dtype else y.to(x.dtype)
 
     @classmethod
-    def _backward(cls, phases, dy, x, weight, bias, saved, step, running=None, G=none, scale=None):
+    def _backward(cls, phases, dy, x, weight, bias, saved, step,
+                  running=None, G=none, scale=None):
         "What `phases` say; returns dx, if they say so, and gradients of weight and bias"
-        (x_,last),T,C = readable(x),saved.dtype,x.shape[1]
+        x_,last = readable(x)
+        T,C = saved.dtype,x.shape[1]
         dx = torch.empty_like(x_) if phases&DX else none
-        dbias,dweight = torch.empty(C, dtype=T),torch.empty(C, dtype=T)
-        weight,bias,grad = as_statistics(weight, T),as_statistics(bias, T),as_statistics(running, T)
-        tensors = like(dy, x_, last),weight,bias,dx,saved,dbias,dweight,G
-        state = 0,0,0,0,0,0,0,0,0,0,grad.data_ptr(),0,0,0
+        dbias = torch.empty(C, dtype=T)
+        dweight = torch.empty(C, dtype=T)
+        weight = as_statistics(weight, T)
+        bias = as_statistics(bias, T)
+        grad = as_statistics(running, T)
+        dy = like(dy, x_, last)
+        tensors = dy,weight,bias,dx,saved,dbias,dweight,G
+        state = _nowhere.copy()
+        state[_at_grad] = grad.data_ptr()
         if scale is None: scale = 1.
-        call(kernels.runbn_backward, phases, step, x_, last, tensors=tensors, state=state,
-            floors=0, scale=scale)
+        call(kernels.runbn_backward, phases, step, x_, last,
+            tensors=tensors, state=state, floors=0, scale=scale)
         if grad is running: increment_version(running)
         elif running is not None: running.copy_(grad)
-        return dx if dx.dtype is x.dtype else dx.to(x.dtype),dweight,dbias
+        if dx.dtype is not x.dtype: dx = dx.to(x.dtype)
+        return dx,dweight,dbias
 
     @classmethod
     def moments(cls, x):
-        saved = torch.empty((7,x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+        T = torch.promote_types(x.dtype, torch.float32)
+        saved = _new_saved(x, T)
         cls._forward(MOMENTS, x, None, None, saved, _step)
         return saved[4],saved[5]
 
@@ -229,35 +254,42 @@ class Kernels(Formulas):
 
     @classmethod
     def sums(cls, dy, x, weight, bias, saved, step):
-        return torch.stack(cls._backward(SUMS, dy, x, weight, bias, saved=saved, step=step)[:0:-1])
+        sums = cls._backward(SUMS, dy, x, weight, bias,
+            saved=saved, step=step)
+        return torch.stack(sums[:0:-1])
 
     @classmethod
     def dx(cls, dy, x, weight, bias, saved, G, step):
         G = as_statistics(G, saved.dtype)
-        return cls._backward(DX, dy, x, weight, bias, saved=saved, step=step, G=G)[0]
+        grads = cls._backward(DX, dy, x, weight, bias,
+            saved=saved, step=step, G=G)
+        return grads[0]
 
     @classmethod
     def forward(cls, x, weight, bias, state, step):
-        saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
-        return cls._forward(MOMENTS|MERGE|NORMALIZE, x, weight, bias, saved, step=step,
-            state=state),saved
+        saved = _new_saved(x, state.mean.dtype)
+        y = cls._forward(MOMENTS|MERGE|NORMALIZE, x, weight, bias, saved,
+            step=step, state=state)
+        return y,saved
 
     @classmethod
     def statistics(cls, x, state, step):
-        saved = torch.empty((7,x.shape[1]), dtype=state.mean.dtype)
-        cls._forward(MOMENTS|MERGE, x, None, None, saved, step=step, state=state)
+        saved = _new_saved(x, state.mean.dtype)
+        cls._forward(MOMENTS|MERGE, x, None, None, saved,
+            step=step, state=state)
         return saved
 
     @classmethod
-    def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
+    def backward(cls, dy, x, weight, bias, saved, running, step,
+                 scale=None, need_dx=True):
         phases = SUMS|REACT|DX*need_dx
-        grads = cls._backward(phases, dy, x, weight, bias, saved=saved, step=step, running=running,
-            scale=scale)
+        grads = cls._backward(phases, dy, x, weight, bias,
+            saved=saved, step=step, running=running, scale=scale)
         return grads if need_dx else (None,*grads[1:])
 
     @classmethod
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
         G = torch.empty((2,x.shape[1]), dtype=saved.dtype)
-        sums = cls._backward(SUMS|REACT, dy, x, weight, bias, saved=saved, step=step,
-            running=running, G=G, scale=scale)
+        sums = cls._backward(SUMS|REACT, dy, x, weight, bias,
+            saved=saved, step=step, running=running, G=G, scale=scale)
         return G,torch.stack(sums[:0:-1])

@@ -18,17 +18,23 @@ from ..moments import enough,head_start
 from . import cpu
 from .cpu import flags_of,forward_wrote,like,readable
 
-if tuple(int(o) for o in triton.__version__.split('.')[:2])<(3,3):
+_version = triton.__version__.split('.')[:2]
+if tuple(int(o) for o in _version)<(3,3):
     raise ImportError(f'Triton {triton.__version__}; 3.3 or later is needed')
 
 # %% ../../nbs/03_kernels.cuda.ipynb #4725bf57
-MERGE,NORMALIZE,REACT,DX = map(tl.constexpr, (cpu.MERGE,cpu.NORMALIZE,cpu.REACT,cpu.DX))
-UPDATE,INCLUSIVE,CLIPPED = map(tl.constexpr, (cpu.UPDATE,cpu.INCLUSIVE,cpu.CLIPPED))
-OWN_AVERAGE,SET,CUMULATIVE = map(tl.constexpr, (cpu.OWN_AVERAGE,cpu.SET,cpu.CUMULATIVE))
-CLAMPED,RUNNING,ADAPTIVE = map(tl.constexpr, (cpu.CLAMPED,cpu.RUNNING,cpu.ADAPTIVE))
+MERGE,NORMALIZE,REACT,DX = map(tl.constexpr,
+    (cpu.MERGE,cpu.NORMALIZE,cpu.REACT,cpu.DX))
+UPDATE,INCLUSIVE,CLIPPED = map(tl.constexpr,
+    (cpu.UPDATE,cpu.INCLUSIVE,cpu.CLIPPED))
+OWN_AVERAGE,SET,CUMULATIVE = map(tl.constexpr,
+    (cpu.OWN_AVERAGE,cpu.SET,cpu.CUMULATIVE))
+CLAMPED,RUNNING,ADAPTIVE = map(tl.constexpr,
+    (cpu.CLAMPED,cpu.RUNNING,cpu.ADAPTIVE))
 WEIGHT,WEIGHTS,AVERAGE,PAYS,SCALE = map(tl.constexpr, (1,2,4,8,16)) # which numbers are in memory
 LEFT_OUT,BY_OTHERS,TRAINED = map(tl.constexpr, (1,2,4)) # what a program tells of its channels
-HEAD,FULL_STEPS,FULL_SAMPLES,ENOUGH = map(tl.constexpr, (head_start,full_steps,full_samples,enough))
+HEAD,FULL_STEPS,FULL_SAMPLES,ENOUGH = map(tl.constexpr,
+    (head_start,full_steps,full_samples,enough))
 INF = tl.constexpr(math.inf)
 
 # Read a channel at a time: where they are aligned is no reason to compile again
@@ -38,25 +44,33 @@ unaligned = ('saved weight bias mean var count avg_mean avg_var steps batches se
 
 # %% ../../nbs/03_kernels.cuda.ipynb #fb3190da
 @triton.jit
-def _tile(lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr):
+def _tile(lo, hi, c, C, S,
+          BLOCK:tl.constexpr, LAST:tl.constexpr):
     "Offsets of BLOCK values from `lo` on, a row each, of channels `c`, and which there are"
     l = lo+tl.arange(0, BLOCK)
     if LAST: at = l[:,None]*C + c[None,:]
-    else: at = ((l//S)*(C*S) + l%S)[:,None] + (c*S)[None,:]
+    else:
+        row = (l//S)*(C*S) + l%S
+        at = row[:,None] + (c*S)[None,:]
     return at, (l<hi)[:,None] & (c<C)[None,:]
 
 @triton.jit
-def _read(x, at, ok): return tl.load(x+at, mask=ok, other=0.).to(tl.float32)
+def _read(x, at, ok):
+    values = tl.load(x+at, mask=ok, other=0.)
+    return values.to(tl.float32)
 
 @triton.jit
 def _per_channel(p, c, C, default:tl.constexpr):
     "Numbers of channels `c`; `default` where there are none"
     if p is None: t = tl.full(c.shape, default, tl.float32)
-    else: t = tl.load(p+c, mask=c<C, other=default).to(tl.float32)
+    else:
+        numbers = tl.load(p+c, mask=c<C, other=default)
+        t = numbers.to(tl.float32)
     return t
 
 @triton.jit
-def _put(p, c, C, t): tl.store(p+c, t, mask=c<C)
+def _put(p, c, C, t):
+    tl.store(p+c, t, mask=c<C)
 
 @triton.jit
 def _number(p, IN_MEMORY:tl.constexpr):
@@ -84,14 +98,17 @@ def _slope(dy, z, ACT:tl.constexpr):
 @triton.jit
 def _in_registers(v, ok, M):
     "Mean, and sum of squares about it, of values that are all here"
-    near = tl.sum(tl.where((tl.arange(0, v.shape[0])==0)[:,None], v, 0.), 0) # the first
+    row = tl.arange(0, v.shape[0])
+    first = (row==0)[:,None]
+    near = tl.sum(tl.where(first, v, 0.), 0)
     d = tl.where(ok, v-near[None,:], 0.)
     m = tl.sum(d, 0)/M
     d = tl.where(ok, d-m[None,:], 0.)
     return near+m,tl.sum(d*d, 0)
 
 @triton.jit
-def _in_turns(x, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr):
+def _in_turns(x, lo, hi, c, C, S,
+              BLOCK:tl.constexpr, LAST:tl.constexpr):
     "The same of values `lo` to `hi`: Welford's in each lane, and Chan's over the lanes"
     one,there = _tile(lo, lo+1, c, C, S, BLOCK=1, LAST=LAST)
     near = _read(x, one, there) # the first
@@ -105,21 +122,25 @@ def _in_turns(x, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr):
         d = tl.where(ok, v-mean, 0.)
         mean += d*(1./turns)
         squares += tl.where(ok, d*(v-mean), 0.)
-    n = tl.maximum((hi-lo-tl.arange(0, BLOCK)+BLOCK-1)//BLOCK, 0).to(tl.float32)[:,None]
+    own_turns = (hi-lo-tl.arange(0, BLOCK)+BLOCK-1)//BLOCK # a lane each
+    n = tl.maximum(own_turns, 0).to(tl.float32)[:,None]
     m = tl.sum(mean*n, 0)/(hi-lo)
     d = mean-m[None,:]
-    return tl.sum(near, 0)+m, tl.sum(squares+tl.where(n>0., n*d*d, 0.), 0)
+    squares += tl.where(n>0., n*d*d, 0.)
+    return tl.sum(near, 0)+m,tl.sum(squares, 0)
 
 @triton.jit
 def _of_chunks(part, c, C, M, chunk, CHUNKS:tl.constexpr):
     "The same of all chunks, from what `part` has of each"
     j = tl.arange(0, CHUNKS)
-    n = tl.maximum(tl.minimum(M-j*chunk, chunk), 0).to(tl.float32)[:,None]
+    size = tl.maximum(tl.minimum(M-j*chunk, chunk), 0)
+    n = size.to(tl.float32)[:,None]
     ok = (n>0.) & (c<C)[None,:]
     at = part + 2*j[:,None]*C + c[None,:]
     means = tl.load(at, mask=ok, other=0., cache_modifier='.cg') # others wrote it: not from L1
     squares = tl.load(at+C, mask=ok, other=0., cache_modifier='.cg')
-    near = tl.sum(tl.where((j==0)[:,None], means, 0.), 0)
+    first = (j==0)[:,None]
+    near = tl.sum(tl.where(first, means, 0.), 0)
     d = tl.where(ok, means-near[None,:], 0.)
     m = tl.sum(d*n, 0)/M
     d = tl.where(ok, d-m[None,:], 0.)
@@ -137,85 +158,115 @@ def _is_last(own, n):
 @triton.jit
 def _between(a, b, t):
     "From a to b by the share t: from the nearer end, as torch.lerp does it"
-    return tl.where(t<.5, a+t*(b-a), b-(1.-t)*(b-a))
+    from_a = a+t*(b-a)
+    from_b = b-(1.-t)*(b-a)
+    return tl.where(t<.5, from_a, from_b)
 
 @triton.jit
-def _differ(now, known): return (now!=known) & ((now==now)|(known==known))
+def _differ(now, known):
+    a_number = (now==now)|(known==known) # not both NaN
+    return (now!=known) & a_number
 
 @triton.jit
 def _follow(window, average, known, batches, seen, grad, innovations, c, C):
     "Channels whose average others have written start from that, as in `seed`; what to tell of it"
     mean,var,count = window
     avg_mean,avg_var,steps = average
-    known_mean,known_var = _per_channel(known[0], c, C, 0.),_per_channel(known[1], c, C, 1.)
-    new = (c<C) & (_differ(avg_mean, known_mean)|_differ(avg_var, known_var))
+    known_mean = _per_channel(known[0], c, C, 0.)
+    known_var = _per_channel(known[1], c, C, 1.)
+    others = _differ(avg_mean, known_mean)|_differ(avg_var, known_var)
+    new = (c<C) & others
     trained = (batches>0.)|(avg_mean!=0.)|(avg_var!=1.)
     mean,var = tl.where(new, avg_mean, mean),tl.where(new, avg_var, var)
     count = tl.where(new, tl.where(trained, -1., 0.), count)
     start = tl.where(trained, FULL_STEPS, HEAD*1.)
-    steps = tl.where(new, tl.where(batches>0., batches+HEAD, start), steps)
+    start = tl.where(batches>0., batches+HEAD, start)
+    steps = tl.where(new, start, steps)
     seen = tl.where(new, tl.where(trained, FULL_SAMPLES, 0), seen)
-    tl.store(grad+c, tl.zeros_like(mean), mask=new)
-    tl.store(grad+C+c, tl.zeros_like(mean), mask=new)
+    zero = tl.zeros_like(mean)
+    tl.store(grad+c, zero, mask=new)
+    tl.store(grad+C+c, zero, mask=new)
     if innovations is not None:
-        for row in range(4): tl.store(innovations+row*C+c, tl.zeros_like(mean), mask=new)
-    tell = tl.max(tl.where(new, tl.where(trained, BY_OTHERS|TRAINED, BY_OTHERS), 0), 0)
+        for row in range(4):
+            tl.store(innovations+row*C+c, zero, mask=new)
+    what = tl.where(trained, BY_OTHERS|TRAINED, BY_OTHERS)
+    tell = tl.max(tl.where(new, what, 0), 0)
     return mean,var,count,steps,seen,tell,new
 
 @triton.jit
-def _adapt(m, v, mean, var, count, innovations, c, C, M, bs, longest, eps, new,
+def _adapt(m, v, mean, var, count, innovations,
+           c, C, M, bs, longest, eps, new,
            FLAGS:tl.constexpr):
     "`adapt` of moments.py: weight of the batch; `new`: channels that start anew"
-    length,t = _per_channel(innovations, c, C, 1.),_per_channel(innovations+C, c, C, 1.)
-    square,trace = _per_channel(innovations+2*C, c, C, 1.),_per_channel(innovations+3*C, c, C, 0.)
+    length = _per_channel(innovations, c, C, 1.)
+    t = _per_channel(innovations+C, c, C, 1.)
+    square = _per_channel(innovations+2*C, c, C, 1.)
+    trace = _per_channel(innovations+3*C, c, C, 0.)
     t = tl.where(new, 0., t) # which may not be there yet, where another thread wrote it
-    square,trace = tl.where(new, 0., square),tl.where(new, 0., trace)
+    square = tl.where(new, 0., square)
+    trace = tl.where(new, 0., trace)
     first = bs*tl.maximum(1./M*ENOUGH, 1.)
-    n = tl.where(t>0., length, tl.where(count<0., longest, first))
+    start = tl.where(count<0., longest, first)
+    n = tl.where(t>0., length, start)
     n = tl.minimum(n, longest)
     a = tl.where(bs<n, bs/n, 1.)
-    e,t1 = (m-mean)*tl.rsqrt(var+eps),t+1.
-    square1 = _between(square, e*e, tl.maximum(1./t1, 1./32))
+    e = (m-mean)*tl.rsqrt(var+eps)
+    t1 = t+1.
+    w = tl.maximum(1./t1, 1./32)
+    square1 = _between(square, e*e, w)
     spread = a*(2.-a)
     lag = e*trace*spread*tl.rsqrt(spread)/(square1+1e-12)
     lag = tl.minimum(tl.maximum(lag, -1.), 1.)
     step = lag*tl.maximum(tl.rsqrt(t1+100.), .01)
-    n1 = tl.minimum(tl.maximum(n*(1.-step+step*step/2.), bs), longest)
+    n1 = n*(1.-step+step*step/2.)
+    n1 = tl.minimum(tl.maximum(n1, bs), longest)
+    trace1 = trace+e-a*trace
     if UPDATE & FLAGS:
-        learns = (c<C) & (count!=0.) & (e*e<INF) & (v<INF)
+        finite = (e*e<INF) & (v<INF)
+        learns = (c<C) & (count!=0.) & finite
         tl.store(innovations+c, n1, mask=learns)
         tl.store(innovations+C+c, t1, mask=learns)
         tl.store(innovations+2*C+c, square1, mask=learns)
-        tl.store(innovations+3*C+c, trace+e-a*trace, mask=learns)
+        tl.store(innovations+3*C+c, trace1, mask=learns)
     return a
 
 @triton.jit
-def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:tl.constexpr):
+def _merge(m, v, c, C, M,
+           saved, state, numbers,
+           IN_MEMORY:tl.constexpr, FLAGS:tl.constexpr):
     "`merge` of formulas.py: what to normalise with, and what to tell of the channels"
-    (to_mean,to_var,to_count,to_avg_mean,to_avg_var,to_steps,at_batches,at_seen,_,floors,grad,
-        to_known_mean,to_known_var,innovations) = state
+    (to_mean,to_var,to_count,to_avg_mean,to_avg_var,to_steps,
+        at_batches,at_seen,_,floors,grad,to_known_mean,to_known_var,innovations) = state
     a,average,momentum,eps,clip,clip_max,longest,samples,last_floor = numbers
-    mean,var = _per_channel(to_mean, c, C, 0.),_per_channel(to_var, c, C, 1.)
-    avg_mean,avg_var = _per_channel(to_avg_mean, c, C, 0.),_per_channel(to_avg_var, c, C, 1.)
-    count,steps = _per_channel(to_count, c, C, -1.),_per_channel(to_steps, c, C, 9.)
-    batches,seen = tl.load(at_batches)+tl.zeros_like(mean),tl.load(at_seen)+tl.zeros_like(c)
+    mean = _per_channel(to_mean, c, C, 0.)
+    var = _per_channel(to_var, c, C, 1.)
+    avg_mean = _per_channel(to_avg_mean, c, C, 0.)
+    avg_var = _per_channel(to_avg_var, c, C, 1.)
+    count = _per_channel(to_count, c, C, -1.)
+    steps = _per_channel(to_steps, c, C, 9.)
+    batches = tl.load(at_batches)+tl.zeros_like(mean)
+    seen = tl.load(at_seen)+tl.zeros_like(c)
     tell,new = 0,c<0
     if to_known_mean is not None:
-        mean,var,count,steps,seen,tell,new = _follow((mean,var,count), (avg_mean,avg_var,steps),
-            (to_known_mean,to_known_var), batches, seen, grad=grad, innovations=innovations, c=c,
-                C=C)
+        window = mean,var,count
+        own_average = avg_mean,avg_var,steps
+        known = to_known_mean,to_known_var
+        mean,var,count,steps,seen,tell,new = _follow(window, own_average, known,
+            batches, seen, grad=grad, innovations=innovations, c=c, C=C)
     # the window
     if ADAPTIVE & FLAGS:
-        a = _adapt(m, v, mean, var, count, innovations=innovations, c=c, C=C, M=M, bs=samples*1.,
-            longest=longest, eps=eps, new=new,
-            FLAGS=FLAGS)
+        a = _adapt(m, v, mean, var, count, innovations=innovations,
+            c=c, C=C, M=M, bs=samples*1.,
+            longest=longest, eps=eps, new=new, FLAGS=FLAGS)
     elif WEIGHTS & IN_MEMORY: a = _per_channel(a, c, C, 1.)
     else: a = _number(a, WEIGHT & IN_MEMORY)
-    n = (1.-a)*tl.where(count<-.5, M*1., count)+a*M
+    had = tl.where(count<-.5, M*1., count)
+    n = (1.-a)*had+a*M
     share = a*M/n
     d = m-mean
     go = share*d
-    new_mean,new_var = mean+go,_between(var, v, share)+go*(d-go)
+    new_mean = mean+go
+    new_var = _between(var, v, share)+go*(d-go)
     ok = new_var<INF
     # the average
     new_avg_mean,new_avg_var,avg_ok,t = new_mean,new_var,ok,steps+1.
@@ -224,22 +275,27 @@ def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:t
         elif SET & FLAGS: w = momentum+tl.zeros_like(share)
         else:
             w = tl.full(c.shape, HEAD+1., tl.float32)/t
-            w = tl.minimum(tl.maximum(w, _number(average, AVERAGE & IN_MEMORY)), share)
+            least = _number(average, AVERAGE & IN_MEMORY)
+            w = tl.minimum(tl.maximum(w, least), share)
         d = m-avg_mean
         go = w*d
         new_avg_mean = avg_mean+go
-        if SET & FLAGS: new_avg_var = _between(avg_var, v*(M/tl.maximum(M-1., 1.)), w)
+        if SET & FLAGS:
+            unbiased = v*(M/tl.maximum(M-1., 1.))
+            new_avg_var = _between(avg_var, unbiased, w)
         else: new_avg_var = _between(avg_var, v, w)+go*(d-go)
         avg_ok = new_avg_var<INF
     # what is not finite stays out
     share = tl.where(ok, share, 0.)
-    new_mean,new_var = tl.where(ok, new_mean, mean),tl.where(ok, new_var, var)
+    new_mean = tl.where(ok, new_mean, mean)
+    new_var = tl.where(ok, new_var, var)
     if UPDATE & FLAGS:
         mean,var,count = new_mean,new_var,tl.where(ok, n, count)
         avg_mean = tl.where(avg_ok, new_avg_mean, avg_mean)
         avg_var = tl.where(avg_ok, new_avg_var, avg_var)
         steps = tl.where(avg_ok, t, steps)
-        tell |= tl.max(((c<C) & ~(ok&avg_ok)).to(tl.int32), 0)*LEFT_OUT
+        left_out = (c<C) & ~(ok&avg_ok)
+        tell |= tl.max(left_out.to(tl.int32), 0)*LEFT_OUT
     _put(to_mean, c, C, mean)
     _put(to_var, c, C, var)
     _put(to_count, c, C, count)
@@ -254,7 +310,8 @@ def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:t
     above = factor
     if CLAMPED & FLAGS:
         if INCLUSIVE & FLAGS: seen += samples
-        floor = tl.load(floors+tl.minimum(seen, last_floor)).to(tl.float32)
+        at_floor = floors+tl.minimum(seen, last_floor)
+        floor = tl.load(at_floor).to(tl.float32)
         above = (new_var>=floor).to(tl.float32)
         new_var = tl.where(new_var>=floor, new_var, floor)
     if CLIPPED & FLAGS:
@@ -265,14 +322,17 @@ def _merge(m, v, c, C, M, saved, state, numbers, IN_MEMORY:tl.constexpr, FLAGS:t
     _put(saved+C, c, C, new_var)
     _put(saved+2*C, c, C, share)
     _put(saved+3*C, c, C, factor*above)
-    _put(saved+6*C, c, C, tl.full(c.shape, 1., tl.float32))
+    unpaid = tl.full(c.shape, 1., tl.float32)
+    _put(saved+6*C, c, C, unpaid)
     return new_mean,new_var,tell
 
 @triton.jit
 def _count_batch(tell, tickets, state, samples, FLAGS:tl.constexpr):
     "When all programs have told of their channels, the last of them counts the batch"
     at_batches,at_seen,at_skipped = state[6],state[7],state[8]
-    batches,seen,skipped = tl.load(at_batches),tl.load(at_seen),tl.load(at_skipped)
+    batches = tl.load(at_batches)
+    seen = tl.load(at_seen)
+    skipped = tl.load(at_skipped)
     if tell>0: tl.atomic_or(tickets+1, tell)
     if _is_last(tickets, tl.num_programs(0)):
         tell = tl.atomic_xchg(tickets+1, 0)
@@ -289,32 +349,37 @@ def _count_batch(tell, tickets, state, samples, FLAGS:tl.constexpr):
 
 # %% ../../nbs/03_kernels.cuda.ipynb #cfb19b1f
 @triton.jit
-def _write_y(x, y, k, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr, ACT:tl.constexpr):
+def _write_y(x, y, k, lo, hi, c, C, S,
+             BLOCK:tl.constexpr, LAST:tl.constexpr, ACT:tl.constexpr):
     "Normalise values `lo` to `hi`"
     mean,scale,shift = k
     for i in range(lo, hi, BLOCK):
         at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
-        z = (_read(x, at, ok)-mean[None,:])*scale[None,:] + shift[None,:]
+        d = _read(x, at, ok)-mean[None,:]
+        z = d*scale[None,:] + shift[None,:]
         tl.store(y+at, _active(z, ACT), mask=ok)
 
 @triton.jit
-def _finish(m, squares, c, C, M, saved, tickets, state, numbers, IN_MEMORY:tl.constexpr,
-            PHASES:tl.constexpr, FLAGS:tl.constexpr):
+def _finish(m, squares, c, C, M,
+            saved, tickets, state, numbers,
+            IN_MEMORY:tl.constexpr, PHASES:tl.constexpr, FLAGS:tl.constexpr):
     "With the moments of all values: merge them, if there is a state, and count the batch"
     v = squares/M
     _put(saved+4*C, c, C, m)
     _put(saved+5*C, c, C, v)
     mean,var = m,v
     if MERGE & PHASES:
-        mean,var,tell = _merge(m, v, c, C, M, saved=saved, state=state, numbers=numbers,
+        mean,var,tell = _merge(m, v, c, C, M,
+            saved=saved, state=state, numbers=numbers,
             IN_MEMORY=IN_MEMORY, FLAGS=FLAGS)
         _count_batch(tell, tickets, state, numbers[7], FLAGS)
     return mean,var
 
 @triton.jit(do_not_specialize_on_alignment=unaligned, do_not_specialize=['samples','last_floor'])
 def runbn_forward(x, y, saved, weight, bias,
-                  mean, var, count, avg_mean, avg_var, steps, batches, seen, skipped, floors, grad,
-                  known_mean, known_var, innovations, part, tickets,
+                  mean, var, count, avg_mean, avg_var, steps,
+                  batches, seen, skipped, floors, grad, known_mean, known_var, innovations,
+                  part, tickets,
                   a, average, momentum, eps, clip, clip_max, longest, samples, last_floor,
                   C, S, M, chunk,
                   BLOCK:tl.constexpr, CHANNELS:tl.constexpr, CHUNKS:tl.constexpr,
@@ -323,89 +388,120 @@ def runbn_forward(x, y, saved, weight, bias,
     "Moments and merging; normalising, too, where a program has all values of its channels"
     c = tl.program_id(0)*CHANNELS + tl.arange(0, CHANNELS)
     k = tl.program_id(1)
-    state = (mean,var,count,avg_mean,avg_var,steps,batches,seen,skipped,floors,grad,known_mean,
-        known_var,innovations)
+    state = (mean,var,count,avg_mean,avg_var,steps,
+        batches,seen,skipped,floors,grad,known_mean,known_var,innovations)
     numbers = a,average,momentum,eps,clip,clip_max,longest,samples,last_floor
-    lo,hi = k*chunk,tl.minimum(M, (k+1)*chunk)
+    lo = k*chunk
+    hi = tl.minimum(M, (k+1)*chunk)
     if ONE:
         at,ok = _tile(0, M, c, C, S, BLOCK=BLOCK, LAST=LAST)
         values = _read(x, at, ok)
         m,squares = _in_registers(values, ok, M)
-    else: m,squares = _in_turns(x, lo, hi, c, C, S=S, BLOCK=BLOCK, LAST=LAST)
+    else:
+        m,squares = _in_turns(x, lo, hi, c, C, S,
+            BLOCK=BLOCK, LAST=LAST)
     if CHUNKS==1:
-        used_mean,used_var = _finish(m, squares, c, C, M, saved=saved, tickets=tickets,
-            state=state, numbers=numbers,
+        used_mean,used_var = _finish(m, squares, c, C, M,
+            saved=saved, tickets=tickets, state=state, numbers=numbers,
             IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
         if NORMALIZE & PHASES:
-            scale = _per_channel(weight, c, C, 1.)*tl.rsqrt(used_var+eps)
+            rstd = tl.rsqrt(used_var+eps)
+            scale = _per_channel(weight, c, C, 1.)*rstd
             shift = _per_channel(bias, c, C, 0.)
             if ONE:
-                z = (values-used_mean[None,:])*scale[None,:] + shift[None,:]
+                d = values-used_mean[None,:]
+                z = d*scale[None,:] + shift[None,:]
                 tl.store(y+at, _active(z, ACT), mask=ok)
-            else: _write_y(x, y, (used_mean,scale,shift), lo, hi, c=c, C=C, S=S, BLOCK=BLOCK,
-                LAST=LAST, ACT=ACT)
+            else:
+                _write_y(x, y, (used_mean,scale,shift), lo, hi, c,
+                    C=C, S=S, BLOCK=BLOCK, LAST=LAST, ACT=ACT)
     else:
         _put(part+2*k*C, c, C, m)
         _put(part+(2*k+1)*C, c, C, squares)
-        if _is_last(tickets+2+tl.program_id(0), tl.num_programs(1)):
+        ticket = tickets+2+tl.program_id(0)
+        if _is_last(ticket, tl.num_programs(1)):
             m,squares = _of_chunks(part, c, C, M, chunk, CHUNKS)
-            _finish(m, squares, c, C, M, saved=saved, tickets=tickets, state=state,
-                numbers=numbers, IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
+            _finish(m, squares, c, C, M,
+                saved=saved, tickets=tickets, state=state, numbers=numbers,
+                IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
 
 @triton.jit
 def _affine(saved, weight, bias, eps, c, C):
     "Mean, scale, shift and 1/deviation of channels `c`"
-    rstd = tl.rsqrt(_per_channel(saved+C, c, C, 1.)+eps)
+    var = _per_channel(saved+C, c, C, 1.)
+    rstd = tl.rsqrt(var+eps)
     scale = rstd*_per_channel(weight, c, C, 1.)
-    return _per_channel(saved, c, C, 0.),scale,_per_channel(bias, c, C, 0.),rstd
+    mean = _per_channel(saved, c, C, 0.)
+    shift = _per_channel(bias, c, C, 0.)
+    return mean,scale,shift,rstd
 
 @triton.jit(do_not_specialize_on_alignment=unaligned)
-def runbn_normalize(x, y, saved, weight, bias, eps, C, S, M, chunk, BLOCK:tl.constexpr,
-                    CHANNELS:tl.constexpr, LAST:tl.constexpr, ACT:tl.constexpr):
+def runbn_normalize(x, y, saved, weight, bias, eps,
+                    C, S, M, chunk,
+                    BLOCK:tl.constexpr, CHANNELS:tl.constexpr,
+                    LAST:tl.constexpr, ACT:tl.constexpr):
     "Normalise a chunk of CHANNELS channels"
     c = tl.program_id(0)*CHANNELS + tl.arange(0, CHANNELS)
     k = tl.program_id(1)
     mean,scale,shift,_ = _affine(saved, weight, bias, eps, c, C)
+    lo = k*chunk
     hi = tl.minimum(M, (k+1)*chunk)
-    _write_y(x, y, (mean,scale,shift), k*chunk, hi, c=c, C=C, S=S, BLOCK=BLOCK, LAST=LAST, ACT=ACT)
+    _write_y(x, y, (mean,scale,shift), lo, hi, c,
+        C=C, S=S, BLOCK=BLOCK, LAST=LAST, ACT=ACT)
 
 # %% ../../nbs/03_kernels.cuda.ipynb #bfb96ee1
 @triton.jit
 def _gradient(dy, x, at, ok, k, ACT:tl.constexpr):
     "Gradient of the normalised values dz, and x-mean; z is made again of x"
     mean,scale,shift,_ = k
-    d = tl.where(ok, _read(x, at, ok)-mean[None,:], 0.)
-    dz = _slope(_read(dy, at, ok), d*scale[None,:]+shift[None,:], ACT)
+    d = _read(x, at, ok)-mean[None,:]
+    d = tl.where(ok, d, 0.)
+    g = _read(dy, at, ok)
+    z = d*scale[None,:] + shift[None,:]
+    dz = _slope(g, z, ACT)
     return tl.where(ok, dz, 0.),d
 
 @triton.jit
 def _dx_of(dz, d, k, G1, G2):
     _,scale,_,rstd = k
-    return dz*scale[None,:] - (d*(scale*rstd*G2)[None,:] + (scale*G1)[None,:])
+    by_var = scale*rstd*G2
+    by_mean = scale*G1
+    reaction = d*by_var[None,:] + by_mean[None,:]
+    return dz*scale[None,:] - reaction
 
 @triton.jit
-def _write_dx(dy, x, dx, k, G1, G2, lo, hi, c, C, S, BLOCK:tl.constexpr, LAST:tl.constexpr,
-              ACT:tl.constexpr):
+def _write_dx(dy, x, dx, k, G1, G2,
+              lo, hi, c, C, S,
+              BLOCK:tl.constexpr, LAST:tl.constexpr, ACT:tl.constexpr):
     for i in range(lo, hi, BLOCK):
         at,ok = _tile(i, hi, c, C, S, BLOCK=BLOCK, LAST=LAST)
         dz,d = _gradient(dy, x, at, ok, k, ACT)
-        tl.store(dx+at, _dx_of(dz, d, k, G1, G2), mask=ok)
+        values = _dx_of(dz, d, k, G1, G2)
+        tl.store(dx+at, values, mask=ok)
 
 @triton.jit
-def _react(dbias, dweight, c, C, M, saved, grad, pays, scale, IN_MEMORY:tl.constexpr,
-           FLAGS:tl.constexpr):
+def _react(dbias, dweight, c, C, M,
+           saved, grad, pays, scale,
+           IN_MEMORY:tl.constexpr, FLAGS:tl.constexpr):
     "`react` of formulas.py: the reaction G of the statistics; the running gradient follows"
-    share,factor = _per_channel(saved+2*C, c, C, 0.),_per_channel(saved+3*C, c, C, 1.)
-    g1,g2 = dbias/M,dweight*(factor>0.).to(tl.float32)/M
+    share = _per_channel(saved+2*C, c, C, 0.)
+    factor = _per_channel(saved+3*C, c, C, 1.)
+    g1 = dbias/M
+    g2 = dweight*(factor>0.).to(tl.float32)/M
     G1,G2 = share*g1,share*g2
     if RUNNING & FLAGS:
         unpaid,by = _per_channel(saved+6*C, c, C, 0.),1.
         if scale is not None: by = _number(scale, SCALE & IN_MEMORY)
-        old1,old2 = _per_channel(grad, c, C, 0.),_per_channel(grad+C, c, C, 0.)
-        left1,left2 = (1.-share*unpaid)*old1,(1.-share*unpaid)*old2
+        old1 = _per_channel(grad, c, C, 0.)
+        old2 = _per_channel(grad+C, c, C, 0.)
+        stays = 1.-share*unpaid
+        left1,left2 = stays*old1,stays*old2
         if UPDATE & FLAGS:
-            _put(grad, c, C, tl.where(tl.abs(g1)<INF, left1+G1/by, old1))
-            _put(grad+C, c, C, tl.where(tl.abs(g2)<INF, left2+G2/by, old2))
+            new1,new2 = left1+G1/by,left2+G2/by
+            new1 = tl.where(tl.abs(g1)<INF, new1, old1)
+            new2 = tl.where(tl.abs(g2)<INF, new2, old2)
+            _put(grad, c, C, new1)
+            _put(grad+C, c, C, new2)
         _put(saved+6*C, c, C, tl.zeros_like(share))
         due = unpaid*_number(pays, PAYS & IN_MEMORY)*by
         G1 += left1*due
@@ -413,14 +509,16 @@ def _react(dbias, dweight, c, C, M, saved, grad, pays, scale, IN_MEMORY:tl.const
     return G1,G2
 
 @triton.jit
-def _finish_backward(s1, s2, c, C, M, saved, grad, G, dbias, dweight, pays, scale,
+def _finish_backward(s1, s2, c, C, M,
+                     saved, grad, G, dbias, dweight, pays, scale,
                      IN_MEMORY:tl.constexpr, PHASES:tl.constexpr, FLAGS:tl.constexpr):
     "With the sums over all values: gradients of bias and weight, and G"
     _put(dbias, c, C, s1)
     _put(dweight, c, C, s2)
     G1,G2 = s1,s2
     if REACT & PHASES:
-        G1,G2 = _react(s1, s2, c, C, M, saved=saved, grad=grad, pays=pays, scale=scale,
+        G1,G2 = _react(s1, s2, c, C, M,
+            saved=saved, grad=grad, pays=pays, scale=scale,
             IN_MEMORY=IN_MEMORY, FLAGS=FLAGS)
         if G is not None:
             _put(G, c, C, G1)
@@ -428,7 +526,8 @@ def _finish_backward(s1, s2, c, C, M, saved, grad, G, dbias, dweight, pays, scal
     return G1,G2
 
 @triton.jit(do_not_specialize_on_alignment=unaligned)
-def runbn_backward(dy, x, dx, saved, weight, bias, grad, G, dbias, dweight, part, tickets,
+def runbn_backward(dy, x, dx, saved, weight, bias,
+                   grad, G, dbias, dweight, part, tickets,
                    pays, scale, eps, C, S, M, chunk,
                    BLOCK:tl.constexpr, CHANNELS:tl.constexpr, CHUNKS:tl.constexpr,
                    ONE:tl.constexpr, LAST:tl.constexpr, IN_MEMORY:tl.constexpr,
@@ -438,11 +537,13 @@ def runbn_backward(dy, x, dx, saved, weight, bias, grad, G, dbias, dweight, part
     k = tl.program_id(1)
     mean,own,shift,rstd = _affine(saved, weight, bias, eps, c, C)
     how = mean,own,shift,rstd
-    lo,hi = k*chunk,tl.minimum(M, (k+1)*chunk)
+    lo = k*chunk
+    hi = tl.minimum(M, (k+1)*chunk)
     if ONE:
         at,ok = _tile(0, M, c, C, S, BLOCK=BLOCK, LAST=LAST)
         dz,d = _gradient(dy, x, at, ok, how, ACT)
-        s1,s2 = tl.sum(dz, 0),tl.sum(dz*d, 0)
+        s1 = tl.sum(dz, 0)
+        s2 = tl.sum(dz*d, 0)
     else:
         sum1 = tl.zeros((BLOCK,CHANNELS), tl.float32)
         sum2 = tl.zeros((BLOCK,CHANNELS), tl.float32)
@@ -451,38 +552,55 @@ def runbn_backward(dy, x, dx, saved, weight, bias, grad, G, dbias, dweight, part
             dz,d = _gradient(dy, x, at, ok, how, ACT)
             sum1 += dz
             sum2 += dz*d
-        s1,s2 = tl.sum(sum1, 0),tl.sum(sum2, 0)
+        s1 = tl.sum(sum1, 0)
+        s2 = tl.sum(sum2, 0)
     if CHUNKS==1:
-        G1,G2 = _finish_backward(s1, s2*rstd, c, C, M, saved=saved, grad=grad, G=G, dbias=dbias,
-            dweight=dweight, pays=pays, scale=scale,
+        G1,G2 = _finish_backward(s1, s2*rstd, c, C, M,
+            saved=saved, grad=grad, G=G, dbias=dbias, dweight=dweight,
+            pays=pays, scale=scale,
             IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
         if DX & PHASES:
-            if ONE: tl.store(dx+at, _dx_of(dz, d, how, G1, G2), mask=ok)
-            else: _write_dx(dy, x, dx, how, G1, G2=G2, lo=lo, hi=hi, c=c, C=C, S=S, BLOCK=BLOCK,
-                LAST=LAST, ACT=ACT)
+            if ONE:
+                values = _dx_of(dz, d, how, G1, G2)
+                tl.store(dx+at, values, mask=ok)
+            else:
+                _write_dx(dy, x, dx, how, G1, G2,
+                    lo=lo, hi=hi, c=c, C=C, S=S,
+                    BLOCK=BLOCK, LAST=LAST, ACT=ACT)
     else:
         _put(part+2*k*C, c, C, s1)
         _put(part+(2*k+1)*C, c, C, s2)
-        if _is_last(tickets+2+tl.program_id(0), tl.num_programs(1)):
+        ticket = tickets+2+tl.program_id(0)
+        if _is_last(ticket, tl.num_programs(1)):
             j = tl.arange(0, CHUNKS)
-            ok = (j<tl.num_programs(1))[:,None] & (c<C)[None,:]
+            there = j<tl.num_programs(1)
+            ok = there[:,None] & (c<C)[None,:]
             at = part + 2*j[:,None]*C + c[None,:]
-            s1 = tl.sum(tl.load(at, mask=ok, other=0., cache_modifier='.cg'), 0)
-            s2 = tl.sum(tl.load(at+C, mask=ok, other=0., cache_modifier='.cg'), 0)
-            _finish_backward(s1, s2*rstd, c, C, M, saved=saved, grad=grad, G=G, dbias=dbias,
-                dweight=dweight, pays=pays, scale=scale,
+            sums1 = tl.load(at, mask=ok, other=0., cache_modifier='.cg')
+            s1 = tl.sum(sums1, 0)
+            sums2 = tl.load(at+C, mask=ok, other=0., cache_modifier='.cg')
+            s2 = tl.sum(sums2, 0)
+            _finish_backward(s1, s2*rstd, c, C, M,
+                saved=saved, grad=grad, G=G, dbias=dbias, dweight=dweight,
+                pays=pays, scale=scale,
                 IN_MEMORY=IN_MEMORY, PHASES=PHASES, FLAGS=FLAGS)
 
 @triton.jit(do_not_specialize_on_alignment=unaligned)
-def runbn_input_gradient(dy, x, dx, saved, weight, bias, G, eps, C, S, M, chunk,
-                         BLOCK:tl.constexpr, CHANNELS:tl.constexpr, LAST:tl.constexpr,
-                         ACT:tl.constexpr):
+def runbn_input_gradient(dy, x, dx, saved, weight, bias, G, eps,
+                         C, S, M, chunk,
+                         BLOCK:tl.constexpr, CHANNELS:tl.constexpr,
+                         LAST:tl.constexpr, ACT:tl.constexpr):
     "dx of a chunk of CHANNELS channels"
     c = tl.program_id(0)*CHANNELS + tl.arange(0, CHANNELS)
     k = tl.program_id(1)
     mean,scale,shift,rstd = _affine(saved, weight, bias, eps, c, C)
-    G1,G2,hi = _per_channel(G, c, C, 0.),_per_channel(G+C, c, C, 0.),tl.minimum(M, (k+1)*chunk)
-    _write_dx(dy, x, dx, (mean,scale,shift,rstd), G1, G2=G2, lo=k*chunk, hi=hi, c=c, C=C, S=S,
+    how = mean,scale,shift,rstd
+    G1 = _per_channel(G, c, C, 0.)
+    G2 = _per_channel(G+C, c, C, 0.)
+    lo = k*chunk
+    hi = tl.minimum(M, (k+1)*chunk)
+    _write_dx(dy, x, dx, how, G1, G2,
+        lo=lo, hi=hi, c=c, C=C, S=S,
         BLOCK=BLOCK, LAST=LAST, ACT=ACT)
 
 # %% ../../nbs/03_kernels.cuda.ipynb #59e0d008
@@ -514,15 +632,20 @@ def blocks(
         channels = min(triton.next_power_of_2(C), 16 if itemsize==4 else 32) # 64 bytes of a row
         block = 4096//channels
         if M<=block//4: block //= 4
-    else: channels,block = 1,next((n for n in (256,1024) if M<=n), 4096)
+    else:
+        channels = 1
+        block = next((n for n in (256,1024) if M<=n), 4096)
     warps = {1:1, 2:4, 3:4, 4:4}.get(block*channels//256, 8)
     one,programs = M<=block,triton.cdiv(C, channels)
     chunks,chunk = 1,M
     if not one and programs<2*processors and M*channels*4>2**18: # 256 KB a program are some 5 us
-        chunks = min(64, triton.cdiv(4*processors, programs), triton.cdiv(M, 2*block))
+        wanted = triton.cdiv(4*processors, programs)
+        most = triton.cdiv(M, 2*block)
+        chunks = min(64, wanted, most)
         chunk = triton.cdiv(triton.cdiv(M, chunks), block)*block
         chunks = triton.cdiv(M, chunk)
-    return Blocks(M, S, last, block, channels, warps, one=one, chunks=chunks, chunk=chunk)
+    return Blocks(M, S, last, block, channels, warps,
+        one=one, chunks=chunks, chunk=chunk)
 
 @lru_cache(None)
 def processors(device)->int:
@@ -540,25 +663,32 @@ class Plan:
     "How activations of a shape, dtype and layout go through the kernels; what was compiled"
     def __init__(self, shape, dtype, device, last, flags, act):
         N,C,*rest = shape
-        b = blocks(N, C, math.prod(rest), last>0, dtype.itemsize, processors(device))
-        self.device,self.warps,self.split,self.compiled = device,b.warps,b.chunks>1,{}
-        self.grid,self.sizes = (triton.cdiv(C, b.channels),b.chunks,1),(C,b.S,b.M,b.chunk)
+        b = blocks(N, C, math.prod(rest), last>0,
+            dtype.itemsize, processors(device))
+        self.device,self.compiled = device,{}
+        self.warps,self.split = b.warps,b.chunks>1
+        self.grid = triton.cdiv(C, b.channels),b.chunks,1
+        self.sizes = C,b.S,b.M,b.chunk
         chunks = triton.next_power_of_2(b.chunks)
         self.whole = b.block,b.channels,chunks,b.one,b.last # constants of kernels
-        self.part,self.options = (b.block,b.channels,b.last,act),(flags,act)
+        self.part = b.block,b.channels,b.last,act
+        self.options = flags,act
 
     def launch(self, kernel, key, args, constants):
         "Launch; from the second time on what was compiled, without asking Triton which that is"
         index = self.device.index
         if index is not None and index!=torch.cuda.current_device():
-            with torch.cuda.device(index): return self.launch(kernel, key, args, constants)
+            with torch.cuda.device(index):
+                return self.launch(kernel, key, args, constants)
         key = kernel,constants,key
         found = self.compiled.get(key)
-        if found is None: self.compiled[key] = self.first_launch(kernel, args, constants)
+        if found is None:
+            self.compiled[key] = self.first_launch(kernel, args, constants)
         else:
-            run,function,metadata = found
+            run,*compiled = found # function and metadata
             hooks = None,None,None # launch metadata, and what to call on entry and exit
-            run(*self.grid, current_stream(index), function, metadata, *hooks, *args, *constants)
+            run(*self.grid, current_stream(index), *compiled,
+                *hooks, *args, *constants)
 
     def first_launch(self, kernel, args, constants):
         "Launch by Triton's own way, 40 to 70 us; what to launch the next time, in 5"
@@ -575,19 +705,27 @@ def plan_for(step, x, last):
     made = getattr(step, 'plan', None) # read once: another thread may be here
     if made is not None and made[0]==key: return made[1]
     def number(o): return _dense(o) if torch.is_tensor(o) else float(o or 0)
-    a,average,pays = map(number, (step.weight,step.average,step.running_grad))
-    numbers = (a, average, float(step.momentum or 0), step.eps, step.clip, step.clip_max,
-        float(step.longest or 0), step.samples)
-    where = ((WEIGHT,torch.is_tensor(a)), (WEIGHTS,torch.is_tensor(a) and a.numel()>1),
-        (AVERAGE,torch.is_tensor(average)), (PAYS,torch.is_tensor(pays)))
+    a = number(step.weight)
+    average = number(step.average)
+    pays = number(step.running_grad)
+    momentum = float(step.momentum or 0)
+    longest = float(step.longest or 0)
+    numbers = (a, average, momentum, step.eps,
+        step.clip, step.clip_max, longest, step.samples)
+    where = ((WEIGHT,torch.is_tensor(a)),
+        (WEIGHTS,torch.is_tensor(a) and a.numel()>1),
+        (AVERAGE,torch.is_tensor(average)),
+        (PAYS,torch.is_tensor(pays)))
     in_memory = sum(bit.value for bit,there in where if there)
-    res = plan_of(*key, flags_of(step), step.act),numbers,pays,in_memory
+    how = plan_of(*key, flags_of(step), step.act)
+    res = how,numbers,pays,in_memory
     if type(step) is KeptStep: step.plan = key,res
     return res
 
 def _kind(t): return t.dtype if torch.is_tensor(t) else type(t)
 def _aligned(*tensors): return tuple(t.data_ptr()%16==0 for t in tensors)
 def _dense(t): return t if t is None or t.is_contiguous() else t.contiguous()
+def _new_saved(x): return x.new_empty((7,x.shape[1]), dtype=torch.float32)
 
 _tickets = {}
 def tickets(
@@ -633,109 +771,143 @@ class TritonKernels(Formulas):
     def fits(cls, x, state):
         "Are these what the kernels can compute with?"
         mean = state.mean
-        return (not cls.broken and x.is_cuda and mean.device==x.device and x.dtype in dtypes
-            and mean.dtype is torch.float32 and state.floors.ndim==1 and 0<x.numel()<2**31
+        return (not cls.broken and x.is_cuda and mean.device==x.device
+            and x.dtype in dtypes and mean.dtype is torch.float32
+            and state.floors.ndim==1 and 0<x.numel()<2**31
             and all(t is None or t.is_contiguous() for t in state))
 
     @classmethod
-    def _forward(cls, phases, x, last, weight, bias, saved, step, state=(None,)*14):
+    def _forward(cls, phases, x, last, weight, bias, saved, step,
+                 state=(None,)*14):
         "A launch of `runbn_forward`, or two; returns y, if `phases` say so"
-        (how,numbers,_,in_memory),first = plan_for(step, x, last),state[0]
+        how,numbers,_,in_memory = plan_for(step, x, last)
+        programs,chunks,_ = how.grid
+        first = state[0]
         later = how.split and phases&cpu.NORMALIZE
         phases -= later
         y = torch.empty_like(x) if phases&cpu.NORMALIZE else None
         last_floor = 0 if first is None else len(state.floors)-1
         part,own = None,None
-        if how.split: part = saved.new_empty((2*how.grid[1],x.shape[1]))
-        if how.split or first is not None: own = tickets(x.device, first, 2+how.grid[0])
-        args = (x, y, saved, _dense(weight), _dense(bias), *state, part, own, *numbers, last_floor,
-            *how.sizes)
-        kinds = map(_kind, (weight,bias,state[3],state[11],state[13],*numbers[:2]))
+        if how.split:
+            part = saved.new_empty((2*chunks,x.shape[1]))
+        if how.split or first is not None:
+            own = tickets(x.device, first, 2+programs)
+        args = (x, y, saved, _dense(weight), _dense(bias),
+            *state, part, own, *numbers, last_floor, *how.sizes)
+        optional = weight,bias,state[3],state[11],state[13]
+        kinds = map(_kind, (*optional,*numbers[:2]))
         constants = *how.whole,in_memory,phases,*how.options
         how.launch(runbn_forward, (_aligned(x),*kinds), args, constants)
         if first is not None: forward_wrote(state, step)
         return cls.normalize(x, weight, bias, saved, step) if later else y
 
     @classmethod
-    def _backward(cls, phases, dy, x, last, weight, bias, saved, step, running=None, G=None,
-                  scale=None, sums=None):
+    def _backward(cls, phases, dy, x, last, weight, bias, saved,
+                  step, running=None, G=None, scale=None, sums=None):
         "A launch of `runbn_backward`, or two; dx, if `phases` say so, gradients of weight and bias"
-        (how,_,pays,in_memory),dy,C = plan_for(step, x, last),like(dy, x, last),x.shape[1]
+        how,_,pays,in_memory = plan_for(step, x, last)
+        programs,chunks,_ = how.grid
+        C = x.shape[1]
+        dy = like(dy, x, last)
         later = how.split and phases&cpu.DX
         phases -= later
         dx = torch.empty_like(x) if phases&cpu.DX else None
-        dbias,dweight = (saved.new_empty(C),saved.new_empty(C)) if sums is None else sums.unbind()
+        if sums is None:
+            dbias,dweight = saved.new_empty(C),saved.new_empty(C)
+        else: dbias,dweight = sums.unbind()
         part,own = None,None
         if later: G = saved.new_empty((2,C))
         if how.split:
-            part,own = saved.new_empty((2*how.grid[1],C)),tickets(x.device, running, 2+how.grid[0])
+            part = saved.new_empty((2*chunks,C))
+            own = tickets(x.device, running, 2+programs)
         if torch.is_tensor(scale): in_memory |= SCALE.value
         if step.act is None: bias = None
-        args = (dy, x, dx, saved, _dense(weight), _dense(bias), running, G, dbias, dweight, part,
-            own, pays, scale, step.eps, *how.sizes)
+        args = (dy, x, dx, saved, _dense(weight), _dense(bias),
+            running, G, dbias, dweight, part, own,
+            pays, scale, step.eps, *how.sizes)
         kinds = map(_kind, (dx,weight,bias,running,G,pays,scale))
+        key = _aligned(x, dy),*kinds
         constants = *how.whole,in_memory,phases,*how.options
-        how.launch(runbn_backward, (_aligned(x, dy),*kinds), args, constants)
+        how.launch(runbn_backward, key, args, constants)
         if running is not None and step.update: increment_version(running)
         if later: dx = cls.dx(dy, x, weight, bias, saved, G=G, step=step)
         return dx,dweight,dbias
 
     @or_formulas
     def moments(cls, x):
-        (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
-        cls._forward(cpu.MOMENTS, x, last, None, None, saved=saved, step=_step)
+        x,last = readable(x, half=True)
+        saved = _new_saved(x)
+        cls._forward(cpu.MOMENTS, x, last, None, None,
+            saved=saved, step=_step)
         return saved[4],saved[5]
 
     @or_formulas
     def statistics(cls, x, state, step):
-        (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
-        cls._forward(cpu.MOMENTS|cpu.MERGE, x, last, None, None, saved=saved, step=step,
-            state=state)
+        x,last = readable(x, half=True)
+        saved = _new_saved(x)
+        cls._forward(cpu.MOMENTS|cpu.MERGE, x, last, None, None,
+            saved=saved, step=step, state=state)
         return saved
 
     @or_formulas
     def normalize(cls, x, weight, bias, saved, step):
         x,last = readable(x, half=True)
-        how,y = plan_for(step, x, last)[0],torch.empty_like(x)
-        args = x,y,saved,_dense(weight),_dense(bias),step.eps,*how.sizes
-        how.launch(runbn_normalize, (_aligned(x),_kind(weight),_kind(bias)), args, how.part)
+        how = plan_for(step, x, last)[0]
+        y = torch.empty_like(x)
+        args = (x, y, saved, _dense(weight), _dense(bias),
+            step.eps, *how.sizes)
+        key = _aligned(x),_kind(weight),_kind(bias)
+        how.launch(runbn_normalize, key, args, how.part)
         return y
 
     @or_formulas
     def forward(cls, x, weight, bias, state, step):
-        (x,last),saved = readable(x, half=True),x.new_empty((7,x.shape[1]), dtype=torch.float32)
+        x,last = readable(x, half=True)
+        saved = _new_saved(x)
         phases = cpu.MOMENTS|cpu.MERGE|cpu.NORMALIZE
-        return cls._forward(phases, x, last, weight, bias, saved=saved, step=step,
-            state=state),saved
+        y = cls._forward(phases, x, last, weight, bias,
+            saved=saved, step=step, state=state)
+        return y,saved
 
     @or_formulas
     def sums(cls, dy, x, weight, bias, saved, step):
-        (x,last),sums = readable(x, half=True),torch.empty_like(saved[:2])
-        cls._backward(cpu.SUMS, dy, x, last, weight, bias=bias, saved=saved, step=step, sums=sums)
+        x,last = readable(x, half=True)
+        sums = torch.empty_like(saved[:2])
+        cls._backward(cpu.SUMS, dy, x, last, weight, bias=bias,
+            saved=saved, step=step, sums=sums)
         return sums
 
     @or_formulas
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
-        (x,last),phases = readable(x, half=True),cpu.SUMS|cpu.REACT
-        G,sums = torch.empty_like(saved[:2]),torch.empty_like(saved[:2])
-        cls._backward(phases, dy, x, last, weight, bias=bias, saved=saved, step=step,
-            running=running, G=G, scale=scale, sums=sums)
+        x,last = readable(x, half=True)
+        phases = cpu.SUMS|cpu.REACT
+        G = torch.empty_like(saved[:2])
+        sums = torch.empty_like(saved[:2])
+        cls._backward(phases, dy, x, last, weight, bias=bias,
+            saved=saved, step=step, running=running,
+            G=G, scale=scale, sums=sums)
         return G,sums
 
     @or_formulas
     def dx(cls, dy, x, weight, bias, saved, G, step):
         x,last = readable(x, half=True)
-        how,dy,dx = plan_for(step, x, last)[0],like(dy, x, last),torch.empty_like(x)
+        how = plan_for(step, x, last)[0]
+        dy = like(dy, x, last)
+        dx = torch.empty_like(x)
         if step.act is None: bias = None
-        args = dy,x,dx,saved,_dense(weight),_dense(bias),_dense(G),step.eps,*how.sizes
-        key = _aligned(x, dy),*map(_kind, (weight,bias,G))
+        args = (dy, x, dx, saved, _dense(weight), _dense(bias),
+            _dense(G), step.eps, *how.sizes)
+        kinds = map(_kind, (weight,bias,G))
+        key = _aligned(x, dy),*kinds
         how.launch(runbn_input_gradient, key, args, how.part)
         return dx
 
     @or_formulas
-    def backward(cls, dy, x, weight, bias, saved, running, step, scale=None, need_dx=True):
-        (x,last),phases = readable(x, half=True),cpu.SUMS|cpu.REACT|cpu.DX*need_dx
-        return cls._backward(phases, dy, x, last, weight, bias=bias, saved=saved, step=step,
-            running=running, G=None, scale=scale)
+    def backward(cls, dy, x, weight, bias, saved, running, step,
+                 scale=None, need_dx=True):
+        x,last = readable(x, half=True)
+        phases = cpu.SUMS|cpu.REACT|cpu.DX*need_dx
+        return cls._backward(phases, dy, x, last, weight, bias=bias,
+            saved=saved, step=step, running=running, G=None, scale=scale)
 
 _step = KeptStep(1, 1.) # where its numbers do not matter
