@@ -94,19 +94,22 @@ class RunBNCallback(Callback):
 
     # Before training: what needs the model on its device, wrapped, of one mind on all ranks
     def before_train(self):
-        "Choose the filters that keep their means, and on several ranks have them share their windows"
+        "Choose the filters that keep their means, and on several ranks have them share windows"
         if not self._is_first: return
         model = self.learn.model
         if not self.means: self.means = self._filter_means()
         follow_scaler(model, getattr(self.learn, 'scaler', None))
-        have,want = window_sync(model),self.sync if in_parallel(model) else None
-        if have and (have.mode!=want or not have.current(model)): have = sync_window(model, None)
+        have = window_sync(model)
+        want = self.sync if in_parallel(model) else None
+        if have and (have.mode!=want or not have.current(model)):
+            have = sync_window(model, None)
         if want and not have: have = sync_window(model, want)
         if have: have.hold = False
         self._sync = have
 
     def _filter_means(self):
-        norms = [] if not self.keep_means else [r.name for r in self.report.running if not r.why]
+        norms = []
+        if self.keep_means: norms = [r.name for r in self.report.running if not r.why]
         opt = self.learn.opt
         params = None if opt is None else [p for p,*_ in opt.all_params()]
         return FilterMeans(unwrapped(self.learn.model), norms, params)
@@ -115,7 +118,8 @@ class RunBNCallback(Callback):
     def before_batch(self):
         "Tell the layers how many samples the batch has, which may be fewer than the rows that they see"
         if not self.training: return
-        bs,most = find_bs(self.learn.yb or self.learn.xb),getattr(self.learn.dl, 'bs', None)
+        bs = find_bs(self.learn.yb or self.learn.xb)
+        most = getattr(self.learn.dl, 'bs', None)
         if most: bs = min(bs, most)
         if bs!=self._batch_size and bs>0: set_batch_size(self.learn.model, bs)
         self._batch_size = bs
@@ -123,7 +127,8 @@ class RunBNCallback(Callback):
     def before_backward(self):
         "On several ranks, of batches that are accumulated the last one sends"
         if not self._sync: return
-        accumulation = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+        found = (cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation))
+        accumulation = next(found, None)
         self._sync.hold = False
         if accumulation is not None:
             self._sync.hold = accumulation.count+find_bs(self.learn.yb)<accumulation.n_acc
@@ -140,14 +145,15 @@ class RunBNCallback(Callback):
         "Merge what is on its way, and let the layers count samples by themselves again"
         if self._sync: self._sync.settle()
         set_batch_size(self.learn.model, None)
-        for m in running_norms(self.learn.model): m.loss_scale,m.scaler_tells = None,False # nobody has said anything any more
+        for m in running_norms(self.learn.model): # nobody has said anything any more
+            m.loss_scale,m.scaler_tells = None,False
         if self._graph: self.learn.remove_cb(self._graph)
         self._graph = self._sync = self._batch_size = None
 
 _twice = ("RunBNCallback is there twice: the second does nothing. `learn.remove_cb(learn.run_bn)` "
     "removes one; settings go into the other, or into `learn.to_runbn(...)`.")
-_no_sync_bn = ("RunBNCallback(sync={!r}) has switched off sync_bn of DistributedTrainer, which would "
-    "have made SyncBatchNorm of the running norms.")
+_no_sync_bn = ("RunBNCallback(sync={!r}) has switched off sync_bn of DistributedTrainer, which "
+    "would have made SyncBatchNorm of the running norms.")
 
 # %% ../nbs/10_callback.ipynb #38af02ac
 @patch

@@ -27,7 +27,8 @@ def train_digits(
     from fastai.callback.all import ParamScheduler # noqa: gives Learner its fit_one_cycle
     from fastai_runbn.bench.tasks import digits_dls,lesson10_convnet
     set_seed(seed)
-    learn = Learner(digits_dls(bs), lesson10_convnet(), metrics=accuracy, opt_func=SGD, cbs=cbs)
+    learn = Learner(digits_dls(bs), lesson10_convnet(),
+        metrics=accuracy, opt_func=SGD, cbs=cbs)
     if bar: learn.fit_one_cycle(epochs, lr)
     else:
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(epochs, lr)
@@ -44,8 +45,8 @@ def _contend(name, **kwargs):
     try: learn = train_digits(None if name=='BatchNorm' else RunBNCallback(), **kwargs)
     except ValueError as e:
         if 'more than 1 value per channel' not in str(e): raise
-        return None,dict(norm=name, accuracy=None, valid_loss=None, seconds=None,
-            note='cannot train: one value per channel')
+        return None,dict(norm=name, accuracy=None, valid_loss=None,
+            seconds=None, note='cannot train: one value per channel')
     _,loss,acc = learn.recorder.values[-1]
     seconds = time.perf_counter()-start
     return learn,dict(norm=name, accuracy=acc, valid_loss=loss, seconds=seconds, note='')
@@ -60,13 +61,17 @@ def plot_curves(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9,4), layout='constrained')
     loss,acc = fig.subplots(1, 2)
-    for (name,learn),c,mk in zip(learns.items(), ('#d55e00','#0072b2','#009e73','#cc79a7'), 'osD^'):
+    colors = '#d55e00','#0072b2','#009e73','#cc79a7'
+    for (name,learn),c,mk in zip(learns.items(), colors, 'osD^'):
         loss.plot(learn.recorder.losses, color=c, label=name)
         accs = [v[2] for v in learn.recorder.values]
-        acc.plot(range(1,len(accs)+1), accs, color=c, marker=mk, label=f'{name}: {accs[-1]:.3f} in the end')
+        epochs = range(1,len(accs)+1)
+        label = f'{name}: {accs[-1]:.3f} in the end'
+        acc.plot(epochs, accs, color=c, marker=mk, label=label)
     loss.set(xlabel='step', ylabel='training loss (smoothed)', ylim=(0,None))
     acc.set(xlabel='epoch', ylabel='validation accuracy', ylim=(0,1.08))
-    acc.set_xticks(range(1,max(len(l.recorder.values) for l in learns.values())+1))
+    longest = max(len(l.recorder.values) for l in learns.values())
+    acc.set_xticks(range(1,longest+1))
     fig.legend(*acc.get_legend_handles_labels(), loc='outside lower center', ncols=len(learns))
     if title: fig.suptitle(title)
     if path: fig.savefig(path, dpi=120)
@@ -107,7 +112,9 @@ def demo(
     out:Path=Path('runbn_demo.png'), # Picture to write
 ):
     "Train lesson 10's convnet on scikit-learn's digits, with BatchNorm and with RunBNCallback, and compare"
-    for name,v,least,most in (('bs',bs,1,1440), ('epochs',epochs,1,1000), ('seed',seed,0,2**32-1)):
+    limits = (('bs',bs,1,1440), ('epochs',epochs,1,1000),
+        ('seed',seed,0,2**32-1))
+    for name,v,least,most in limits:
         if not least<=v<=most:
             raise CliError(f"--{name} {v}: a whole number from {least} to {most} was expected")
     out = _writable('--out', out, '.png')
@@ -118,7 +125,8 @@ def demo(
     console.print(f"[bold]Lesson 10's convnet on {task}[/]")
     for name in _contenders:
         console.print(f"\n[bold]{name}[/]" if console.is_terminal else f"{name}: training …")
-        learn,row = _contend(name, bs=bs, epochs=epochs, seed=seed, bar=console.is_terminal)
+        learn,row = _contend(name, bs=bs, epochs=epochs, seed=seed,
+            bar=console.is_terminal)
         rows.append(row)
         if learn: learns[name] = learn
         elif console.is_terminal: console.print(row['note'])
@@ -137,13 +145,15 @@ def _without_windows(sd):
     prefixes = {k.removesuffix('window_mean') for k in sd if k.endswith('window_mean')}
     prefixes = {p for p in prefixes if p+'running_mean' in sd}
     drop = {p+b for p in prefixes for b in window_buffers}
-    return {k:v for k,v in sd.items() if k not in drop},len(prefixes)
+    kept = {k:v for k,v in sd.items() if k not in drop}
+    return kept,len(prefixes)
 
 def _without_lesson10(sd):
     "State dict `sd` with BatchNorm's keys for those of lesson 10's layers, and of how many there were"
     from fastai_runbn.surgery import from_lesson10
     n = sum(k.rpartition('.')[2]=='sums' for k in sd)
-    try: return (from_lesson10(sd),n) if n else (sd,0)
+    if not n: return sd,0
+    try: return from_lesson10(sd),n
     except ValueError: return sd,0
 
 def _save_flat(sd, path):
@@ -155,7 +165,8 @@ def _save_flat(sd, path):
     if other:
         raise CliError(f"{path}: .safetensors holds tensors only, and {other[0]!r} is none; take "
             "another ending")
-    save_file({k:v.clone().contiguous() for k,v in sd.items()}, path)
+    tensors = {k:v.clone().contiguous() for k,v in sd.items()}
+    save_file(tensors, path)
 
 def _read(path, pickled):
     "What is in a checkpoint file"
@@ -191,7 +202,8 @@ def convert(
         sd,n = _without_windows(obj[key] if key else obj)
         sd,old = _without_lesson10(sd)
         obj = {**obj, key:sd} if key and not flat else sd
-        done = (n,'the windows of','left out'),(old,'sums, squares and counts of',"made BatchNorm's")
+        done = ((n,'the windows of','left out'),
+            (old,'sums, squares and counts of',"made BatchNorm's"))
         parts = [f"{what} {k} layer{'s'*(k!=1)} {did}" for k,what,did in done if k]
         done = ', '.join(parts) or "it had BatchNorm's keys only"
     else:
@@ -202,7 +214,8 @@ def convert(
             raise CliError(f"{inp}: a checkpoint, a model or a Learner was expected, not a "
                 f"{type(obj).__name__}")
         n = len(surgery_report(model).running)
-        obj.to_bn() if obj is not model and hasattr(obj, 'to_bn') else to_bn(model)
+        if obj is not model and hasattr(obj, 'to_bn'): obj.to_bn()
+        else: to_bn(model)
         done = f"{n} running norm{'s'*(n!=1)} made BatchNorm"
         if flat: obj = model.state_dict()
     if flat: _save_flat(obj, out)
@@ -214,7 +227,8 @@ def _case_line(df):
     "One line on the rows of a case"
     both = df[df.part.isin(('both','step'))]
     first = both.iloc[0]
-    measured = [r for r in both.iloc[1:].itertuples() if r.ratio==r.ratio]
+    compared = both.iloc[1:].itertuples()
+    measured = [r for r in compared if r.ratio==r.ratio]
     others = ', '.join(f'{r.contender} {r.ratio:.2f}' for r in measured)
     case = f"{first['shape']} {first.layout} {first.precision}"
     return f'{case}: {first.contender} {first.ms:.3g} ms; {others}'
@@ -226,7 +240,8 @@ def _target_table(summary):
     table = Table(*_target_columns)
     for r in summary.itertuples():
         numbers = str(r.cases),f'{r.mean:.2f}',f'{r.worst:.2f}'
-        if r.cases: table.add_row(r.group, r.contender, *numbers, r.target, r.met)
+        if r.cases:
+            table.add_row(r.group, r.contender, *numbers, r.target, r.met)
     return table
 
 def _pattern(option, pattern, choices):
@@ -238,7 +253,8 @@ def _pattern(option, pattern, choices):
 
 # %% ../nbs/13_cli.ipynb #3dc8eb78
 def _bench_speed(quick, json, out, only, contenders, *, compile, device):
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler's remarks on machines without a GPU
+    # the profiler's remarks on machines without a GPU
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')
     import torch
     from fastai_runbn.bench import speed
@@ -255,24 +271,37 @@ def _bench_speed(quick, json, out, only, contenders, *, compile, device):
     console,progress = _console()
     with progress as bar:
         task = bar.add_task('cases', total=len(cases))
-        def report(df): console.print(_case_line(df), soft_wrap=True); bar.advance(task)
+        def report(df):
+            console.print(_case_line(df), soft_wrap=True)
+            bar.advance(task)
         df = speed.bench_speed(quick, only, contenders, compile, device, report)
     console.print(_target_table(speed.summarize(df)))
     noted = [r for r in df.itertuples() if isinstance(r.note, str) and r.note]
     for note in dict.fromkeys(f'{r.contender}, {r.precision}: {r.note}' for r in noted):
         console.print(note, soft_wrap=True)
     m = speed.machine(device)
-    console.print(f"Forward and backward, float32, geometric means; {m['gpu'] or m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['date']}", soft_wrap=True)
-    if json: speed.save_speed(df, json, device); console.print(f"Figures: {json}")
-    if out: speed.plot_speed(df, out, title=f"Forward and backward relative to BatchNorm, {m['gpu'] or m['cpu']}"); console.print(f"Picture: {out}")
+    chip = m['gpu'] or m['cpu']
+    where = f"{chip}, {m['threads']} threads, torch {m['torch']}, {m['date']}"
+    console.print(f"Forward and backward, float32, geometric means; {where}", soft_wrap=True)
+    if json:
+        speed.save_speed(df, json, device)
+        console.print(f"Figures: {json}")
+    if out:
+        title = f"Forward and backward relative to BatchNorm, {chip}"
+        speed.plot_speed(df, out, title=title)
+        console.print(f"Picture: {out}")
 
 def _console():
     "Where to print, and a progress bar, which only a terminal shows"
     from rich.console import Console
-    from rich.progress import BarColumn,MofNCompleteColumn,Progress,TextColumn,TimeElapsedColumn,TimeRemainingColumn
+    from rich.progress import BarColumn,MofNCompleteColumn,Progress,TextColumn
+    from rich.progress import TimeElapsedColumn,TimeRemainingColumn
     console = Console(highlight=False)
-    columns = TextColumn('{task.description}'),BarColumn(),MofNCompleteColumn(),TimeElapsedColumn(),TimeRemainingColumn()
-    return console,Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True,
+        disable=not console.is_terminal)
+    return console,bar
 
 # %% ../nbs/13_cli.ipynb #a519ba0c
 def _trial_line(row):
@@ -305,26 +334,39 @@ def _bench_quality(quick, json, out, only, contenders, *, data, seeds, jobs):
     except ValueError as e: raise CliError(f'--data {e}') from None
     needs = {n:r.data for n,r in quality.regimes.items()
              if re.search(only, n) and (only or not r.by_name)}
-    names = ['R1 digits'] if quick else [n for n,o in needs.items() if o in ('',have)]
+    names = [n for n,o in needs.items() if o in ('',have)]
+    if quick: names = ['R1 digits']
     if not names:
         forms = dict(images='a folder or tar of images', roads='one of road scenes',
             volumes='an .npz of volumes')
-        what = ' or '.join(forms[o] for o in sorted({*needs.values()}-{''}))
+        missing = sorted({*needs.values()}-{''})
+        what = ' or '.join(forms[o] for o in missing)
         raise CliError(f'--only {only}: give {what} with --data')
     console,progress = _console()
-    kw = dict(seeds=seeds, norms=contenders or ('^[^,+]+$' if quick else ''), sizes=(2,32) if quick else None)
+    norms,sizes = ('^[^,+]+$',(2,32)) if quick else ('',None)
+    kw = dict(seeds=seeds, norms=contenders or norms, sizes=sizes)
     with progress as bar,TemporaryDirectory() as d:
         task = bar.add_task('trials', total=None)
         def report(row, left):
             console.print(_trial_line(row), soft_wrap=True)
-            bar.update(task, advance=1, total=bar.tasks[0].completed+left+1)
-        try: df = quality.bench_quality(json or Path(d)/'x.jsonl', names, data=data, jobs=jobs, report=report, **kw)
+            done = bar.tasks[0].completed+1
+            bar.update(task, advance=1, total=done+left)
+        path = json or Path(d)/'x.jsonl'
+        try:
+            df = quality.bench_quality(path, names, data=data, jobs=jobs,
+                report=report, **kw)
         except KeyboardInterrupt:
-            if json and json.exists(): console.print(f"Trials so far: {json}; the same command goes on from there", soft_wrap=True)
+            if json and json.exists():
+                console.print(f"Trials so far: {json}; the same command goes on from there",
+                    soft_wrap=True)
             raise
-    for name in names: console.print(quality.regimes[name].what, _score_rows(quality.score_table(df, name)), sep='\n')
+    for name in names:
+        scores = _score_rows(quality.score_table(df, name))
+        console.print(quality.regimes[name].what, scores, sep='\n')
     if json: console.print(f"Trials: {json}")
-    if out: quality.plot_sizes(df, names[0], out); console.print(f"Picture: {out}")
+    if out:
+        quality.plot_sizes(df, names[0], out)
+        console.print(f"Picture: {out}")
 
 # %% ../nbs/13_cli.ipynb #a840cb5f
 subjects = 'speed','quality'
@@ -364,13 +406,15 @@ class OneLineParser(ArgumentParser):
 
 def runbn_parser()->ArgumentParser:
     "The parser of `runbn`, with a subcommand for each function of `commands`"
-    p = OneLineParser(prog='runbn', description="Running batch norm for fastai and PyTorch: train with 1, 2 or 4 images per batch.",
-                      epilog="'runbn COMMAND --help' tells the options of a command.")
+    what = "Running batch norm for fastai and PyTorch: train with 1, 2 or 4 images per batch."
+    p = OneLineParser(prog='runbn', description=what,
+        epilog="'runbn COMMAND --help' tells the options of a command.")
     p.add_argument('--version', action='version', version=f'runbn {__version__}')
     subs = p.add_subparsers(dest='command', metavar='COMMAND', required=True, title='commands')
     for name,f in commands.items():
         parent = anno_parser(f)
-        sub = subs.add_parser(name, parents=[parent], add_help=False, help=f.__doc__, description=f.__doc__, formatter_class=parent.formatter_class)
+        sub = subs.add_parser(name, parents=[parent], add_help=False,
+            help=f.__doc__, description=f.__doc__, formatter_class=parent.formatter_class)
         sub.set_defaults(func=f)
     return p
 
@@ -389,11 +433,14 @@ def main(
     argv:list=None, # Arguments; default: those of the process
 ):
     "Run `runbn` with `argv`"
-    warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning) # torch's own, on every import of fastai
+    # torch's own, on every import of fastai
+    warnings.filterwarnings('ignore', message='.*torch.jit.script', category=FutureWarning)
     parsed,unknown = runbn_parser().parse_known_args(argv)
     args = vars(parsed)
     name,func = args.pop('command'),args.pop('func')
-    if unknown: runbn_parser().exit(2, f"runbn {name}: unrecognized arguments: {' '.join(unknown)} (see runbn {name} --help)\n")
+    if unknown:
+        what = f"unrecognized arguments: {' '.join(unknown)}"
+        runbn_parser().exit(2, f"runbn {name}: {what} (see runbn {name} --help)\n")
     for hidden in ('pdb','xtra'): args.pop(hidden, None)
     try:
         func(**args)

@@ -52,11 +52,13 @@ class _Settings(NamedTuple):
 
 def _scalar(value, like):
     "`value` as a scalar tensor, made once"
-    return value if torch.is_tensor(value) else _full(float(value), like.dtype, like.device)
+    if torch.is_tensor(value): return value
+    return _full(float(value), like.dtype, like.device)
 
 @lru_cache(maxsize=1024)
 def _full(value, dtype, device):
-    with torch.inference_mode(False): return torch.full((), value, dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device=device)
 
 # %% ../nbs/09_distributed.ipynb #38c59f00
 class _Norms:
@@ -64,7 +66,8 @@ class _Norms:
     def __init__(self, modules):
         self.modules,self.sizes = modules,[m.num_features for m in modules]
         self.L,self.C = len(modules),sum(self.sizes)
-        self.index = torch.repeat_interleave(torch.arange(self.L), torch.tensor(self.sizes))
+        sizes = torch.tensor(self.sizes)
+        self.index = torch.repeat_interleave(torch.arange(self.L), sizes)
 
     def expand(self, t):
         "One value a layer, `(*,L)`, as one a channel, `(*,C)`"
@@ -83,7 +86,8 @@ class _Norms:
         "What batches weigh by now: a schedule may change it while a collective is on its way"
         def now(w): return w.detach().clone() if torch.is_tensor(w) else w
         windows = {id(m.window):now(m.window) for m in self.modules} # those that are shared stay so
-        return [_Settings(windows[id(m.window)], m.eval_window, m.momentum) for m in self.modules]
+        return [_Settings(windows[id(m.window)], m.eval_window, m.momentum)
+            for m in self.modules]
 
     def buffers(self, field):
         "The buffers of a field of `_ModelState`, one a layer"
@@ -101,14 +105,16 @@ class _Norms:
 
     def split(self, field, t):
         "The part of each layer in a field `t` of `_ModelState`"
-        return t.unbind() if field in _numbers else t.split(self.sizes, -1)
+        if field in _numbers: return t.unbind()
+        return t.split(self.sizes, -1)
 
     def write(self, state):
         "Put `state` into the layers"
         old,new = [],[]
         for field,t in state._asdict().items():
             found = self.buffers(field)
-            if len({b.dtype for b in found})==1: t = t.to(found[0].dtype) # all at once
+            dtypes = {b.dtype for b in found}
+            if len(dtypes)==1: t = t.to(found[0].dtype) # all at once
             old += found
             new += self.split(field, t)
         torch._foreach_copy_(old, new)
@@ -120,7 +126,10 @@ class _Norms:
         "`new`, but what follows from statistics that others have written meanwhile, where they have"
         kept = dict(avg_mean='running_mean', avg_var='running_var', known_mean='known_mean',
             known_var='known_var')
-        state = {k:torch.cat([getattr(m, name) for m in self.modules]) for k,name in kept.items()}
+        def together(buffer):
+            found = [getattr(m, buffer) for m in self.modules]
+            return torch.cat(found)
+        state = {k:together(buffer) for k,buffer in kept.items()}
         channels = is_changed(SimpleNamespace(**state))
         if channels.is_cpu and not channels.any(): return new
         changed = channels.split(self.sizes)
@@ -160,26 +169,34 @@ class _Sums:
     "What the ranks sum: one tensor `flat` to send, with names for its parts"
     def __init__(self, norms, device, moments=True, gradients=True):
         self.norms,C,L = norms,norms.C,norms.L
-        self.flat = torch.zeros(3*((moments+gradients)*C+L), dtype=torch.float64, device=device)
-        parts = self.flat.split([3*C*moments, 3*C*gradients, 3*L])
+        sizes = [3*C*moments, 3*C*gradients, 3*L]
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        parts = self.flat.split(sizes)
         self.moments = parts[0].view(-1, C)   # $M$, $Md$ and $M(v+d^2)$ of each channel
         self.gradients = parts[1].view(-1, C) # $M$, $Mg_1$ and $Mg_2$ of each channel
         self.counts = parts[2].view(3, L)     # Values per channel, samples and batches of each layer
 
     def channels(self, notes, field, like, *rows):
         "A field of `notes` (by layer) side by side, `(*rows,C)`; zeros for a layer without"
-        def part(i, n): return getattr(notes[i], field) if i in notes else like.new_zeros(*rows, n)
-        return torch.cat([part(i, n) for i,n in enumerate(self.norms.sizes)], -1).double()
+        def part(i, n):
+            if i not in notes: return like.new_zeros(*rows, n)
+            return getattr(notes[i], field)
+        parts = [part(i, n) for i,n in enumerate(self.norms.sizes)]
+        return torch.cat(parts, -1).double()
 
     def layers(self, notes, field, like):
         "A number of `notes` (by layer) as a tensor `(L,)`"
-        return self.norms.numbers((getattr(notes.get(i), field, 0) for i in range(self.norms.L)), like)
+        found = map(notes.get, range(self.norms.L))
+        values = [getattr(note, field, 0) for note in found]
+        return self.norms.numbers(values, like)
 
     def add_batches(self, batches, mean):
         "Add moments of each `_Batch`, about the shared window's `mean` `(C,)`"
         for notes in _rounds(batches):
-            m,v = (self.channels(notes, o, mean) for o in ('mean','var'))
-            M,bs = (self.layers(notes, o, mean) for o in ('values','samples'))
+            m = self.channels(notes, 'mean', mean)
+            v = self.channels(notes, 'var', mean)
+            M = self.layers(notes, 'values', mean)
+            bs = self.layers(notes, 'samples', mean)
             d,n = m-mean,self.norms.expand(M)
             q = torch.addcmul(v, d, d)
             finite = torch.where(q<math.inf, torch.stack((n, n*d, n*q)), 0)
@@ -192,14 +209,18 @@ class _Sums:
             g = self.channels(notes, 'sums', like, 2)
             n = self.norms.expand(self.layers(notes, 'values', like))
             finite = (g.abs()<math.inf).all(0)
-            self.gradients.add_(torch.where(finite, torch.cat((n[None], g)), 0))
+            sums = torch.cat((n[None], g))
+            self.gradients.add_(torch.where(finite, sums, 0))
 
 # %% ../nbs/09_distributed.ipynb #8521273c
 def _pooled_weight(rule, bs, M):
     "Weight of batches of `bs` samples by a `window` setting; a user's function looks at values"
     if takes_tensors(rule): return window_weight(rule, bs, M)
-    sizes = zip(bs.tolist(), M.tolist())
-    return bs.new_tensor([rule(round(b), round(m)) if b else 1. for b,m in sizes])
+    def weight(b, m):
+        if not b: return 1.
+        return rule(round(b), round(m))
+    weights = map(weight, bs.tolist(), M.tolist())
+    return bs.new_tensor([*weights])
 
 def _weights(norms, settings, bs, M):
     "Weight of a pooled batch of `bs` samples, `M` values per channel, `(C,)`"
@@ -208,9 +229,10 @@ def _weights(norms, settings, bs, M):
     def like_first(w):
         plain = not torch.is_tensor(w) and not torch.is_tensor(first)
         return w is first or plain and w==first
-    if all(map(like_first, windows)): return norms.expand(_pooled_weight(first, bs, M))
-    each = zip(windows, bs.split(1), M.split(1))
-    return norms.expand(torch.cat([_pooled_weight(*o) for o in each]))
+    if all(map(like_first, windows)):
+        return norms.expand(_pooled_weight(first, bs, M))
+    weights = map(_pooled_weight, windows, bs.split(1), M.split(1))
+    return norms.expand(torch.cat([*weights]))
 
 # %% ../nbs/09_distributed.ipynb #b9964da1
 class _Pooled(NamedTuple):
@@ -231,33 +253,41 @@ class _Merged(NamedTuple):
 def _pooled(sums, mean):
     "The batch that `sums` about `mean` are of"
     n,by_d,by_square = sums.moments
-    d = by_d/n.clamp(min=1)
-    v = (by_square/n.clamp(min=1)-d*d).clamp(min=0)
+    count = n.clamp(min=1)
+    d = by_d/count
+    v = (by_square/count-d*d).clamp(min=0)
     return _Pooled(mean+d, v, n, *sums.counts)
 
 def _adapted(norms, settings, a, old, batch):
     "The weights `a`, but of adaptive windows what they found, and what is known of these now"
-    lengths = [s.window.samples if isinstance(s.window, AdaptiveWindow) else 0 for s in settings]
+    lengths = [s.window.samples if isinstance(s.window, AdaptiveWindow) else 0
+        for s in settings]
     if not any(lengths): return a,old.innovations
     eps = norms.numbers((m.eps for m in norms.modules), a)
-    numbers = norms.numbers(lengths, a),batch.samples,batch.values.clamp(min=1),eps
-    longest,bs,M,eps = norms.expand(torch.stack(numbers))
-    window,moments = (old.count,old.mean,old.var),(batch.mean,batch.var)
-    found,new = adapt(old.innovations, window, moments, bs, M, longest=longest, eps=eps)
-    return torch.where(longest>0, found, a),torch.where((longest>0)&(bs>0), new, old.innovations)
+    longest = norms.numbers(lengths, a)
+    M = batch.values.clamp(min=1)
+    numbers = torch.stack((longest, batch.samples, M, eps))
+    longest,bs,M,eps = norms.expand(numbers)
+    window = old.count,old.mean,old.var
+    moments = batch.mean,batch.var
+    found,new = adapt(old.innovations, window, moments, bs, M,
+        longest=longest, eps=eps)
+    a = torch.where(longest>0, found, a)
+    return a,torch.where((longest>0)&(bs>0), new, old.innovations)
 
 def _average(norms, settings, old, batch, window, share):
     "Mean and variance for evaluation, as `settings` have them: with the batch, or the window's"
     bs = batch.samples
     lengths = [math.inf if s.eval_window is None else s.eval_window for s in settings]
-    a = norms.expand((bs/norms.numbers(lengths, bs)).clamp(max=1))
+    a = (bs/norms.numbers(lengths, bs)).clamp(max=1)
     steps = old.steps+1-head_start
-    share = average_share(steps, a, share)
+    share = average_share(steps, norms.expand(a), share)
     def channels(layers): return norms.flags(layers, bs) if any(layers) else None
     by_momentum = channels([type(s.momentum) is not AutoMomentum for s in settings])
     if by_momentum is not None:
         batches = norms.expand(old.batches.to(share.dtype))+1
-        momentum = norms.expand(norms.numbers((s.momentum or 0. for s in settings), share))
+        momenta = [s.momentum or 0. for s in settings]
+        momentum = norms.expand(norms.numbers(momenta, share))
         cumulative = norms.flags([s.momentum is None for s in settings], share)
         momentum = torch.where(cumulative, 1/torch.minimum(steps, batches), momentum)
         share = torch.where(by_momentum, momentum, share)
@@ -265,10 +295,12 @@ def _average(norms, settings, old, batch, window, share):
     as_window = channels([s.eval_window is None for s in settings])
     if by_momentum is not None: # BatchNorm's: unbiased, and without the spread between batches
         unbiased = batch.var*batch.n/(batch.n-1).clamp(min=1)
-        var = torch.where(by_momentum, torch.lerp(old.avg_var, unbiased, share), var)
+        averaged = torch.lerp(old.avg_var, unbiased, share)
+        var = torch.where(by_momentum, averaged, var)
         if as_window is not None: as_window = as_window&~by_momentum
     if as_window is None: return mean,var
-    return [torch.where(as_window, *o) for o in zip(window, (mean,var))]
+    pairs = zip(window, (mean,var))
+    return [torch.where(as_window, *o) for o in pairs]
 
 def _merge(norms, settings, old, sums):
     "Merge pooled `sums` into the state `old`; a channel without a finite value stays as it was"
@@ -280,12 +312,15 @@ def _merge(norms, settings, old, sums):
     averages = _average(norms, settings, old, batch, (mean,var), share)
     ok = (batch.n>0) & (var<math.inf)
     new = torch.stack((mean, var, count, *averages, old.steps+1))
-    new = torch.where(ok, new, torch.stack(old[:len(new)]))
-    left_out = (norms.expand(batch.values)>batch.n*ok).to(a.dtype)
-    skipped = torch.zeros_like(batch.values).index_add_(0, norms.index, left_out)>0
+    before = torch.stack(old[:len(new)])
+    new = torch.where(ok, new, before)
+    left_out = norms.expand(batch.values)>batch.n*ok
+    skipped = torch.zeros_like(batch.values)
+    skipped.index_add_(0, norms.index, left_out.to(a.dtype))
     state = _ModelState(*new, grad=old.grad, innovations=innovations,
-        batches=old.batches+(batch.batches>0), seen=old.seen+batch.samples.long(),
-        skipped=old.skipped+skipped)
+        batches=old.batches+(batch.batches>0),
+        seen=old.seen+batch.samples.long(),
+        skipped=old.skipped+(skipped>0))
     return _Merged(state, batch, torch.where(ok, share, 0))
 
 # %% ../nbs/09_distributed.ipynb #7bceddcb
@@ -306,8 +341,11 @@ def _fingerprint(mode, names, modules):
     if len(devices)>1:
         fault = (f"the running norms are on {len(devices)} devices ({', '.join(devices)}), "
             'and on one they have to be')
-    def settings(m): return {k:_printable(v) for k,v in m.settings().items() if k!='backend'}
-    norms = {n:(m.num_features,settings(m)) for n,m in zip(names, modules)}
+    def settings(m):
+        items = m.settings().items()
+        return {k:_printable(v) for k,v in items if k!='backend'}
+    norms = {n:(m.num_features,settings(m))
+        for n,m in zip(names, modules)}
     return _Fingerprint(fault, mode, norms)
 
 def _difference(first, other, rank):
@@ -344,12 +382,15 @@ class WindowSync(OwnWindow, Joinable):
         found = {}
         for name,m in model.named_modules():
             if isinstance(m, RunningBatchNormMixin): found.setdefault(m, name)
-        self.model,self.names,self.norms = model,[*found.values()],_Norms([*found])
+        self.model = model
+        self.names = [*found.values()]
+        self.norms = _Norms([*found])
         self.number = {m:i for i,m in enumerate(found)}
         self.hold = False # Is there more to come before the step is over? Set by the loop
         self.hook = None  # On the model
         self.group = group or dist.group.WORLD
-        self.rank,self.world = dist.get_rank(self.group),dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
+        self.world = dist.get_world_size(self.group)
 
     def __reduce__(self): return OwnWindow,() # a copy of a model is not in the group
     def __repr__(self):
@@ -376,22 +417,26 @@ class WindowSync(OwnWindow, Joinable):
         prints = [None]*self.world
         dist.all_gather_object(prints, own, group=self.group)
         for rank,other in enumerate(prints):
-            if what := _difference(prints[0], other, rank): raise RuntimeError(f"sync_window: {what}. "
-                "All ranks need the same model, converted with the same settings.")
+            if what := _difference(prints[0], other, rank):
+                raise RuntimeError(f"sync_window: {what}. All ranks need the same model, "
+                    "converted with the same settings.")
 
     @torch.no_grad()
     def share(self):
         "Give all ranks the windows of the first"
         state = self.norms.read()
         flat = torch.cat([t.double().flatten() for t in state])
-        dist.broadcast(flat, dist.get_global_rank(self.group, 0), group=self.group)
+        first = dist.get_global_rank(self.group, 0)
+        dist.broadcast(flat, first, group=self.group)
         parts = flat.split([t.numel() for t in state])
-        self.norms.write(_ModelState(*[p.view_as(t).to(t.dtype) for p,t in zip(parts, state)]))
+        shared = [p.view_as(t).to(t.dtype) for p,t in zip(parts, state)]
+        self.norms.write(_ModelState(*shared))
 
     def current(self, model):
         "Are these still the norms of `model`, and the group that there is?"
         if not dist.is_initialized() or self.group is not dist.group.WORLD: return False
-        return self.norms.modules==[m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
+        norms = [m for m in model.modules() if isinstance(m, RunningBatchNormMixin)]
+        return self.norms.modules==norms
 
     def __call__(self, layer, x, act=None): return self._run(layer, x, act)
     def _run(self, layer, x, act=None):
@@ -435,27 +480,35 @@ class LayerSync(WindowSync):
         "Normalise with the window, after the batches of all ranks are merged in"
         self.check_join()
         layer.refresh_window()
-        norms,own = self.alone[layer],how.moments(x)
-        old,sums = norms.read(),_Sums(norms, x.device, gradients=False)
-        sums.add_batches([_Batch(0, *own, x.numel()//x.shape[1], step.samples)], old.mean)
+        norms = self.alone[layer]
+        own = how.moments(x)
+        old = norms.read()
+        sums = _Sums(norms, x.device, gradients=False)
+        M = x.numel()//x.shape[1]
+        note = _Batch(0, *own, M, step.samples)
+        sums.add_batches([note], old.mean)
         dist.all_reduce(sums.flat, group=self.group)
         new,batch,share = _merge(norms, norms.settings(), old, sums)
         if step.update: norms.write(new)
-        floor = floor_of(state.floors, old.seen, step._replace(samples=new.seen-old.seen))
+        all_ranks = step._replace(samples=new.seen-old.seen)
+        floor = floor_of(state.floors, old.seen, all_ranks)
         values = new.mean,new.var,share,batch.mean,batch.var
-        saved = to_save(*[t.to(state.mean.dtype) for t in values], floor, step)
+        values = [t.to(state.mean.dtype) for t in values]
+        saved = to_save(*values, floor, step)
         saved[4],saved[5] = own # by which the layer knows a batch that is computed again
         return how.normalize(x, weight, bias, saved, step),saved
 
     def backward(self, layer, how, dy, x, weight, bias, saved, running, step, scale, need_dx):
         "Gradients, with the reaction of what all ranks have summed"
-        own,norms = how.sums(dy, x, weight, bias, saved, step),self.alone[layer]
-        sums = _Sums(norms, x.device, moments=False)
-        sums.add_reactions([_Reaction(0, own, x.numel()//x.shape[1])], own.double())
+        own = how.sums(dy, x, weight, bias, saved, step)
+        sums = _Sums(self.alone[layer], x.device, moments=False)
+        note = _Reaction(0, own, x.numel()//x.shape[1])
+        sums.add_reactions([note], own.double())
         dist.all_reduce(sums.flat, group=self.group)
         n,total = sums.gradients[0],sums.gradients[1:]
         n = torch.where(n>0, n, math.nan) # no rank's is finite: stays out
-        G = react(total.to(own.dtype), n.to(own.dtype), saved, running, step, scale)
+        G = react(total.to(own.dtype), n.to(own.dtype),
+            saved, running, step, scale)
         dx = how.dx(dy, x, weight, bias, saved, G, step=step) if need_dx else None
         return dx,own[1],own[0]
 
@@ -517,18 +570,23 @@ class StepSync(WindowSync):
                 f = f._replace(count=f.count/self.world, steps=steps)
                 dtypes = {m.window_mean.dtype for m in self.norms.modules}
                 dtype = torch.float64 if len(dtypes)>1 else dtypes.pop() # all at once
-                f = [t.clone() if k in _numbers else t.to(dtype, copy=True) for k,t in f._asdict().items()]
+                def copy(field, t):
+                    if field in _numbers: return t.clone()
+                    return t.to(dtype, copy=True)
+                f = [*map(copy, _ModelState._fields, f)]
                 parts = map(self.norms.split, _ModelState._fields, f)
-                self.own = dict(zip(self.norms.modules, map(self._state, self.norms.modules, *parts)))
+                states = map(self._state, self.norms.modules, *parts)
+                self.own = dict(zip(self.norms.modules, states))
         return self.own
 
     def _state(self, layer, *fields):
         "A `State` of `layer`, of its part of each field of `_ModelState`"
         s = _ModelState(*fields)
         def own(t): return t.to(layer.window_mean.dtype).contiguous()
-        channels = {k:own(t) for k,t in s._asdict().items() if k not in _numbers}
-        return State(**channels, batches=s.batches, seen=s.seen.view(1), skipped=s.skipped,
-            floors=layer.clamp_floor)
+        items = s._asdict().items()
+        channels = {k:own(t) for k,t in items if k not in _numbers}
+        return State(**channels, floors=layer.clamp_floor,
+            batches=s.batches, seen=s.seen.view(1), skipped=s.skipped)
 
     def forward(self, layer, how, x, weight, bias, state, step):
         "Normalise with the shared window and this rank's batches of the step; take note of this one"
@@ -542,7 +600,8 @@ class StepSync(WindowSync):
         y,saved = how.forward(x, weight, bias, state, step)
         if step.update:
             s,M = Saved(*saved),x.numel()//x.shape[1]
-            batch = _Batch(self.number[layer], s.batch_mean, s.batch_var, M, step.samples)
+            batch = _Batch(self.number[layer], s.batch_mean, s.batch_var,
+                M, step.samples)
             self.batches.append(batch)
         return y,saved
 
@@ -561,11 +620,13 @@ class StepSync(WindowSync):
         "Gradients; takes note of the sums in each backward, and of what they are sums of in the first"
         self.queue()
         unpaid = saved[-1,0].clone()
-        dx,dw,db = how.backward(dy, x, weight, bias, saved, running, step=step, scale=scale,
-            need_dx=need_dx)
+        dx,dw,db = how.backward(dy, x, weight, bias, saved, running,
+            step=step, scale=scale, need_dx=need_dx)
         pays = torch.is_tensor(step.running_grad) or step.running_grad
         if pays and step.update:
-            sums,M = torch.stack((db, dw*(Saved(*saved).factor>0))),x.numel()//x.shape[1]
+            above_floor = Saved(*saved).factor>0
+            sums = torch.stack((db, dw*above_floor))
+            M = x.numel()//x.shape[1]
             if scale is not None: sums = sums/scale
             self.reactions.append(_Reaction(self.number[layer], sums, M*unpaid))
         return dx,dw,db
@@ -602,7 +663,8 @@ class StepSync(WindowSync):
         self.settle()
         self.sum_notes()
         self.opened()
-        sums,self.sums = self.sums or _Sums(self.norms, self.device),None
+        sums = self.sums or _Sums(self.norms, self.device)
+        self.sums = None
         settings = self.norms.settings()
         work = dist.all_reduce(sums.flat, group=self.group, async_op=True)
         self.sent = _Sent(work, self.shared, sums, settings)
@@ -628,7 +690,8 @@ class StepSync(WindowSync):
         n,g = sums.gradients[0],sums.gradients[1:]
         self.last_share = torch.where(sums.moments[0]>0, share, self.last_share)
         self.last_values = torch.where(n>0, n, self.last_values)
-        left = torch.where(n>0, (1-self.last_share)*shared.grad, shared.grad)
+        kept = (1-self.last_share)*shared.grad
+        left = torch.where(n>0, kept, shared.grad)
         return left+self.last_share*g/self.last_values.clamp(min=1)
 
 def _in_backward(): return torch._C._current_graph_task_id()!=-1
@@ -641,7 +704,8 @@ def unwrapped(model):
 
 def in_parallel(model):
     "Is `model` in DistributedDataParallel or FSDP, with more than one rank?"
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return False
+    has_group = dist.is_available() and dist.is_initialized()
+    if not has_group or dist.get_world_size()==1: return False
     def wraps(m):
         names = ' '.join(c.__name__ for c in type(m).__mro__)
         return isinstance(m, DistributedDataParallel) or 'FSDP' in names or 'FullySharded' in names
@@ -666,7 +730,8 @@ def sync_window(
     process_group=None, # Whose ranks share a window; default: all
 )->WindowSync|None: # What keeps the windows equal; `None` where there is nothing to do
     "Give all ranks one window, from now on; to be called on each of them"
-    if mode is not None and mode not in sync_modes: raise ValueError(f"mode={mode!r}: 'step', 'layer' or None was expected.")
+    if mode is not None and mode not in sync_modes:
+        raise ValueError(f"mode={mode!r}: 'step', 'layer' or None was expected.")
     if (old := window_sync(model)) is not None: old.detach()
     if mode is None: return None
     if not (dist.is_available() and dist.is_initialized()): raise RuntimeError(_not_initialised)

@@ -23,7 +23,8 @@ def check_recordable(
     model:nn.Module, # To be recorded
 ):
     "`RuntimeError` that says why and what to do, where a replay would leave something out"
-    def refuse(why, todo): raise RuntimeError(_refused.format(type(model).__name__, why, todo))
+    def refuse(why, todo):
+        raise RuntimeError(_refused.format(type(model).__name__, why, todo))
     if in_parallel(model):
         refuse('it trains on several processes', 'Train without a graph, or on one GPU.')
     for name,m in model.named_modules():
@@ -42,7 +43,8 @@ def as_it_was(
     "Buffers and random numbers are the same after as before"
     norms = running_norms(model)
     for m in norms: m.refresh_window() # which may make buffers
-    with torch.no_grad(): kept = [(b,b.clone()) for b in model.buffers()]
+    with torch.no_grad():
+        kept = [(b,b.clone()) for b in model.buffers()]
     tell = [m.scaler_tells for m in norms]
     for m in norms: m.scaler_tells = False # a graph cannot be told, but reads `loss_scale`
     cuda = [device] if device.type=='cuda' else []
@@ -51,7 +53,9 @@ def as_it_was(
     finally:
         with torch.no_grad():
             for b,old in kept: b.copy_(old)
-        for m,t in zip(norms, tell): m.scaler_tells,m.recent = t,RecentBatches()
+        for m,t in zip(norms, tell):
+            m.scaler_tells = t
+            m.recent = RecentBatches()
 
 # %% ../nbs/09_graph.ipynb #69290057
 _too_many = ("{} sizes or settings of a batch have been recorded, each with memory of its own; "
@@ -60,7 +64,9 @@ _no_copy = ("a model whose forward is in a CUDA graph cannot be copied or saved:
     "its GraphedForward first")
 
 _names = *runbn_settings(),'track_running_stats'
-def _settings(own): return *[own[n] for n in _names],own.get('batch_size'),own.get('loss_scale')
+def _settings(own):
+    named = [own[n] for n in _names]
+    return *named,own.get('batch_size'),own.get('loss_scale')
 def _fixed(o): return id(o) if torch.is_tensor(o) else o # a graph reads the value of a tensor
 
 class GraphedForward:
@@ -71,9 +77,11 @@ class GraphedForward:
         once:bool=False, # Only for the next call, each time that it is told to `arm`?
     ):
         check_recordable(model)
-        self.model,self.once,self.graphs,self.last = model,once,{},None
+        self.model,self.once = model,once
+        self.graphs,self.last = {},None
         self.own = vars(model).get('forward') # of somebody else, who has done the same
-        self.parts,self.norms = list(model.modules()),running_norms(model)
+        self.parts = list(model.modules())
+        self.norms = running_norms(model)
         if not once: self.arm()
 
     def arm(self):
@@ -93,10 +101,12 @@ class GraphedForward:
     def key(self, args):
         "What a graph is recorded for: sizes, precision, what trains, and how"
         device,model = args[0].device.type,self.model
-        return (tuple((a.shape,a.stride(),a.dtype,a.device,a.requires_grad) for a in args),
+        def kind(a): return a.shape,a.stride(),a.dtype,a.device,a.requires_grad
+        def trained(p): return p.requires_grad,p.data_ptr()
+        return (tuple(map(kind, args)),
             torch.is_autocast_enabled(device), torch.get_autocast_dtype(device),
             tuple(m.training for m in self.parts),
-            tuple((p.requires_grad,p.data_ptr()) for p in model.parameters()),
+            tuple(map(trained, model.parameters())),
             tuple(b.data_ptr() for b in model.buffers()),
             tuple(tuple(map(_fixed, _settings(vars(m)))) for m in self.norms))
 
@@ -106,19 +116,22 @@ class GraphedForward:
         trains = self.model.training and torch.is_grad_enabled()
         if not (tensors and trains): return self.plain(*args, **kwargs)
         key = self.key(args)
-        graph,again = self.graphs.get(key),key==self.last or self.last is None
+        graph = self.graphs.get(key)
+        again = key==self.last or self.last is None
         self.last = key
         if graph is None:
             if not again or len(self.graphs)>=self.most: return self.plain(*args)
             graph = self.graphs[key] = self.record(args)
-            if len(self.graphs)==self.most: warnings.warn(_too_many.format(self.most))
+            if len(self.graphs)==self.most:
+                warnings.warn(_too_many.format(self.most))
         return graph(*args)
 
     def record(self, args):
         "A function that replays forward and, for autograd, backward of a batch like this"
         model,device = self.model,args[0].device
         sample = tuple(a.detach().clone().requires_grad_(a.requires_grad) for a in args)
-        dtype,enabled = torch.get_autocast_dtype(device.type),torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type)
+        enabled = torch.is_autocast_enabled(device.type)
         self.remove()
         try:
             autocast = torch.autocast(device.type, dtype, enabled, cache_enabled=False)

@@ -48,7 +48,8 @@ class RunBNLightning(Callback):
 
     def on_train_start(self, trainer, pl_module):
         "Choose the filters that keep their means, and on several ranks share windows"
-        norms,means = [r.name for r in self.report.running if not r.why],[]
+        norms = [r.name for r in self.report.running if not r.why]
+        means = []
         for opt in trainer.optimizers if self.keep_means else ():
             params = [p for group in opt.param_groups for p in group['params']]
             means.append(FilterMeans(pl_module, norms, params).on(opt))
@@ -57,8 +58,10 @@ class RunBNLightning(Callback):
 
     def _samples(self, trainer, batch):
         if self.batch_size is not None: return self.batch_size(batch)
+        bs = find_bs(batch)
         most = getattr(trainer.train_dataloader, 'batch_size', None)
-        return min(find_bs(batch), most) if most else find_bs(batch)
+        if most: bs = min(bs, most)
+        return bs
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         "Tell the layers how many samples the batch has"

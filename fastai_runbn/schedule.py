@@ -20,7 +20,8 @@ class WarmupClamp:
         samples:int=20, # Samples until the floor is gone; 0: no clamp
     ):
         f = sched if callable(sched) else lambda pos: sched
-        self.values = torch.tensor([float(f(i/samples)) for i in range(samples)])
+        values = [float(f(i/samples)) for i in range(samples)]
+        self.values = torch.tensor(values)
     def __len__(self): return len(self.values)
     def __iter__(self): return iter(self.values.tolist())
     def __getitem__(self, i): return self.values.tolist()[i]
@@ -31,8 +32,10 @@ class WarmupClamp:
         seen:Tensor, # Samples seen so far, integers of any shape
     )->Tensor: # Floor under the variance, the same shape; 0 from the end on
         "The floor after `seen` samples"
-        padded = torch.cat([self.values, self.values.new_zeros(1)]).to(seen.device)
-        return padded[seen.reshape(-1).clamp(max=len(self))].view(seen.shape)
+        after = self.values.new_zeros(1)
+        padded = torch.cat([self.values, after]).to(seen.device)
+        i = seen.reshape(-1).clamp(max=len(self))
+        return padded[i].view(seen.shape)
 
     def plot(self,
         ax=None, # Matplotlib axes; default: new ones
@@ -41,7 +44,8 @@ class WarmupClamp:
         "Plot the floor against the samples seen, a little beyond its end; returns the axes"
         import matplotlib.pyplot as plt
         if ax is None: ax = plt.subplots(figsize=(5.5,3.2))[1]
-        n = torch.arange(len(self)+max(4, len(self)//5))
+        beyond = max(4, len(self)//5)
+        n = torch.arange(len(self)+beyond)
         ax.step(n, self(n), where='post', **kwargs)
         ax.set(xlabel='samples seen', ylabel='floor under the variance')
         return ax
@@ -57,7 +61,8 @@ def _share_settings(model, names):
             shared['floor'][m] = m.clamp_floor = m.clamp_floor.clone()
         for n in names-{'floor'}:
             where = m.window_mean.device,m.window_mean.dtype
-            if where not in shared[n]: shared[n][where] = m.window_mean.new_zeros(())
+            if where not in shared[n]:
+                shared[n][where] = m.window_mean.new_zeros(())
             setattr(m, n, shared[n][where])
     return {n:list(ts.values()) for n,ts in shared.items()}
 
@@ -86,30 +91,36 @@ class RunBNSchedule(Callback):
                 "SchedCos(20, 100); a constant is a setting of RunBNCallback.")
             for pos in (0.,.25,.5,.75,1.):
                 value = float(f(pos))
-                runbn_settings(**({'clamp':[value]} if k=='floor' else {k:value})) # an error, if it is wrong
+                setting = {'clamp':[value]} if k=='floor' else {k:value}
+                runbn_settings(**setting) # an error, if it is wrong
 
     def before_fit(self):
         "Undo what an interrupted fit has left; nothing is scheduled yet"
         unschedule(self.learn.model)
-        self.hps,self.shared = {f'runbn_{k}':[] for k in self.scheds},None
+        self.hps = {f'runbn_{k}':[] for k in self.scheds}
+        self.shared = None
 
     def before_batch(self):
         "Set the settings of this step; not in a learning rate search"
         if hasattr(self.learn, 'lr_finder'): return
-        if self.shared is None: self.shared = _share_settings(self.learn.model, set(self.scheds))
-        self.values = {k:float(f(self.pct_train)) for k,f in self.scheds.items()}
+        if self.shared is None:
+            self.shared = _share_settings(self.learn.model, set(self.scheds))
+        self.values = {k:float(f(self.pct_train))
+            for k,f in self.scheds.items()}
         for k,v in self.values.items():
             for t in self.shared[k]: t.fill_(v)
 
     def after_batch(self):
         "Record the settings of this step"
         if self.shared is not None:
-            for k,v in self.values.items(): self.hps[f'runbn_{k}'].append(v)
+            for k,v in self.values.items():
+                self.hps[f'runbn_{k}'].append(v)
 
     def after_fit(self):
         "Restore the settings, and leave what they were to the recorder"
         unschedule(self.learn.model)
         if self.shared is not None and hasattr(self.learn, 'recorder'):
             others = any(isinstance(cb, ParamScheduler) for cb in self.learn.cbs)
-            self.recorder.hps = {**(self.recorder.hps if others else {}), **self.hps}
+            known = self.recorder.hps if others else {}
+            self.recorder.hps = {**known, **self.hps}
         self.shared = None
