@@ -32,11 +32,13 @@ def _listed(names): return ', '.join(map(repr, names))
 
 def _norms(model, cls=RunningBatchNormMixin):
     "The layers of class `cls` in `model`, by name"
-    return {n or '(the model)':m for n,m in model.named_modules() if isinstance(m, cls)}
+    return {n or '(the model)':m for n,m in model.named_modules()
+        if isinstance(m, cls)}
 
 def _floor(m, seen):
     "The floor under the variance of layer `m` after `seen` samples, `(1,)`"
-    return m.clamp_floor.index_select(0, seen.clamp(0, len(m.clamp_floor)-1))
+    last = len(m.clamp_floor)-1
+    return m.clamp_floor.index_select(0, seen.clamp(0, last))
 
 # %% ../nbs/11_interpret.ipynb #f8921f4d
 class RunBNRecorder(Callback):
@@ -47,13 +49,16 @@ class RunBNRecorder(Callback):
         channels:int=3, # Channels recorded of each layer
     ):
         for n,v in (('every',every), ('channels',channels)):
-            if not (isinstance(v, int) and v>0): raise ValueError(f"{n}={v!r}: a whole number, 1 or more, was expected.")
+            if not (isinstance(v, int) and v>0):
+                raise ValueError(f"{n}={v!r}: a whole number, 1 or more, was expected.")
         self.every,self.channels = every,channels
         self.reset()
 
     def reset(self):
         "Forget what was recorded"
-        self.batches,self.samples,self.history,self.floored,self.looked,self.norms = 0,0,{},{},{},{}
+        self.batches,self.samples = 0,0
+        self.history,self.norms = {},{}
+        self.floored,self.looked = {},{}
 
     def before_fit(self): self.norms = _norms(_unwrapped(self.learn.model))
     def after_fit(self): self.norms = {}
@@ -62,22 +67,28 @@ class RunBNRecorder(Callback):
     def after_batch(self):
         "Record, if it is time to; not in a learning rate search"
         if hasattr(self.learn, 'lr_finder'): return
-        bs,due = find_bs(self.learn.xb),self.batches%self.every==0
+        bs = find_bs(self.learn.xb)
+        due = self.batches%self.every==0
         for n,m in self.norms.items():
-            if m.unscheduled is not None or self.samples<len(m.clamp): self._count_floored(n, m, bs)
+            if m.unscheduled is not None or self.samples<len(m.clamp):
+                self._count_floored(n, m, bs)
             if due: self._record(n, m)
         self.batches,self.samples = self.batches+1,self.samples+bs
 
     def _count_floored(self, name, m, bs):
         floor = _floor(m, m.samples_seen if m.clamp_inclusive else m.samples_seen-bs)
-        self.floored[name] = self.floored.get(name, 0) + (m.window_var<floor).sum()
+        under = (m.window_var<floor).sum()
+        self.floored[name] = self.floored.get(name, 0) + under
         self.looked[name] = self.looked.get(name, 0) + m.num_features
 
     def _record(self, name, m):
         every = max(1, m.num_features//self.channels)
         stats = m.window_mean,m.window_var,m.running_mean,m.running_var
-        stats = [s[::every][:self.channels].to(m.window_mean.dtype) for s in stats]
-        self.history.setdefault(name, []).append((self.batches+1, torch.stack(stats)))
+        stats = [s[::every][:self.channels] for s in stats]
+        dtype = m.window_mean.dtype
+        stats = torch.stack([s.to(dtype) for s in stats])
+        record = self.batches+1,stats
+        self.history.setdefault(name, []).append(record)
 
 # %% ../nbs/11_interpret.ipynb #12b9e6a3
 def _data(dls, ds_idx=1):
@@ -86,7 +97,8 @@ def _data(dls, ds_idx=1):
 
 def _bs(dls):
     "The batch size of training"
-    return getattr(dls.train if hasattr(dls, 'loaders') else dls, 'bs', None)
+    if hasattr(dls, 'loaders'): dls = dls.train
+    return getattr(dls, 'bs', None)
 
 # %% ../nbs/11_interpret.ipynb #30671e59
 class RunBNInterpretation:
@@ -100,10 +112,13 @@ class RunBNInterpretation:
         self.model = _unwrapped(model)
         self.norms = _norms(self.model)
         if not self.norms:
-            found = f'{type(self.model).__name__} has no running norm ({surgery_report(self.model).counts})'
-            raise ValueError(f"RunBNInterpretation: {found}. Convert it with `to_runbn(model)`, or "
-                "train it with `RunBNCallback()`.")
-        self.dl,self.bs,self.recorder = _data(dls),bs or _bs(dls),recorder
+            name = type(self.model).__name__
+            counts = surgery_report(self.model).counts
+            raise ValueError(f"RunBNInterpretation: {name} has no running norm ({counts}). "
+                "Convert it with `to_runbn(model)`, or train it with `RunBNCallback()`.")
+        self.dl = _data(dls)
+        self.bs = bs or _bs(dls)
+        self.recorder = recorder
 
     @classmethod
     def from_learner(cls,
@@ -113,7 +128,8 @@ class RunBNInterpretation:
         bs:int=None, # Batch size of training; default: that of `learn.dls`
     ):
         "Of the model, the data and what a `RunBNRecorder` has recorded"
-        recorder = next((cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)), None)
+        recorders = [cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)]
+        recorder = recorders[0] if recorders else None
         if dl is None: dl = _data(learn.dls, ds_idx)
         return cls(learn.model, dl, bs or _bs(learn.dls), recorder)
 
@@ -124,7 +140,9 @@ class RunBNInterpretation:
         for name,m in self.norms.items():
             m.refresh_window() # as the next training forward does, where a state was loaded
             mean,sigma = m.window_mean,m.window_var.sqrt()
-            off = (mean-m.running_mean).abs()/(m.running_var+m.eps).sqrt()
+            std = (m.running_var+m.eps).sqrt()
+            off = (mean-m.running_mean).abs()/std
+            ratio = sigma/m.running_var.sqrt()
             hits = self.recorder.floored.get(name) if self.recorder else None
             rows.append(dict( # chkstyle: ignore-node, columns that belong together share a line
                 layer=name, channels=m.num_features,
@@ -132,9 +150,10 @@ class RunBNInterpretation:
                 sigma_min=sigma.min().item(), sigma_max=sigma.max().item(),
                 rho=_share(m, self.bs), running_grad=float(m.running_grad),
                 floor_hits=math.nan if hits is None else int(hits),
-                dead=int((m.window_var<m.eps).sum()), skipped=int(m.skipped_batches),
+                dead=int((m.window_var<m.eps).sum()),
+                skipped=int(m.skipped_batches),
                 off=off.median().item(), off_max=off.max().item(),
-                sigma_ratio=(sigma/m.running_var.sqrt()).nanmedian().item()))
+                sigma_ratio=ratio.nanmedian().item()))
         return pd.DataFrame(rows).set_index('layer')
 
     def gap(self,
@@ -142,7 +161,8 @@ class RunBNInterpretation:
         seed:int=42, # Of the draw
     )->pd.DataFrame: # `alone` and `together`, a row a layer
         "How far training and evaluation are apart, in standard deviations of the output"
-        return _gaps(self.model, _draw(self.dl, self.bs, n_batches, seed, _device(self.model)))
+        batches = _draw(self.dl, self.bs, n_batches, seed, _device(self.model))
+        return _gaps(self.model, batches)
 
     def plot_gap(self,
         n_batches:int=64, # Batches of the training size, drawn from the data
@@ -166,7 +186,9 @@ class RunBNInterpretation:
         for n,m in models.items():
             if not _norms(m, _BatchNorm):
                 raise ValueError(f"compare: {n!r} has neither running norms nor BatchNorm.")
-        def together(m): return _gaps(m, _draw(dl, bs, n_batches, seed, _device(m))).together
+        def together(m):
+            batches = _draw(dl, bs, n_batches, seed, _device(m))
+            return _gaps(m, batches).together
         df = pd.DataFrame({n:together(m) for n,m in models.items()})
         _per_layer(dict(df.items()), f'Training against evaluation, batch size {bs}')
         return df
@@ -207,9 +229,12 @@ class RunBNInterpretation:
         models,dl,_ = _common(learners, dl, 1)
         res = {}
         for name,model in models.items():
+            distances = []
             with _evaluating(model):
-                images = [x for x,*_ in _draw(dl, 1, n, seed, _device(model))]
-                distances = [_two_tilings(model, x, tile, margin)[2].nanmean() for x in images]
+                images = _draw(dl, 1, n, seed, _device(model))
+                for x,*_ in images:
+                    distance = _two_tilings(model, x, tile, margin)[2]
+                    distances.append(distance.nanmean())
             res[name] = torch.stack(distances).mean().item()
         return pd.Series(res, name='tile mismatch')
 
@@ -224,24 +249,36 @@ class RunBNInterpretation:
     ):
         "Plot what models predict of an image in two tilings, and where these differ"
         models,dl,_ = _common(learners, dl, 1)
-        images = {n:_draw(dl, 1, 1, seed, _device(m))[0][0] for n,m in models.items()}
+        def image(m):
+            batch = _draw(dl, 1, 1, seed, _device(m))[0]
+            return batch[0]
+        images = {n:image(m) for n,m in models.items()}
         height,width = next(iter(images.values())).shape[-2:]
         panel = 2.1*min(1, width/height) # inches across
         size = .6+4*panel,.4+len(models)*panel*height/width
-        fig,axs = plt.subplots(len(models), 4, figsize=size, squeeze=False, layout='constrained')
+        fig,axs = plt.subplots(len(models), 4,
+            figsize=size, squeeze=False, layout='constrained')
+        grey = dict(cmap='gray')
+        zero_one = dict(vmin=0, vmax=1)
+        looks = grey,zero_one,zero_one,zero_one
         for row,(name,model) in zip(axs, models.items()):
             x = images[name]
             with _evaluating(model): one,other,distance = _two_tilings(model, x, tile)
-            cut = ... if x.ndim<5 else x.shape[2]//2 if at is None else at
-            starts = _starts(x.shape[2:], tile)[-2:]
-            shown = x[0].mean(0),one[0,label],other[0,label],distance[0]
-            for ax,a,how in zip(row, shown, (dict(cmap='gray'),*[dict(vmin=0, vmax=1)]*3)):
-                ax.imshow(a[cut].cpu(), **how)
+            if x.ndim<5:     cut = ...
+            elif at is None: cut = x.shape[2]//2
+            else:            cut = at
+            probabilities = one[0,label],other[0,label]
+            shown = x[0].mean(0),*probabilities,distance[0]
+            for ax,a,look in zip(row, shown, looks):
+                ax.imshow(a[cut].cpu(), **look)
                 ax.set(xticks=[], yticks=[])
-            for ax,first in zip(row[1:3], ((0,0),starts)):
+            starts = _starts(x.shape[2:], tile)[-2:]
+            tilings = (0,0),starts
+            for ax,first in zip(row[1:3], tilings):
                 _draw_seams(ax, x.shape[-2:], tile[-2:], first)
             row[0].set_ylabel(name)
-        for ax,title in zip(axs[0], ('Image','In tiles','Half a tile on','Distance')):
+        titles = 'Image','In tiles','Half a tile on','Distance'
+        for ax,title in zip(axs[0], titles):
             ax.set_title(title, fontsize='medium')
 
     def plot_window(self,
@@ -252,23 +289,30 @@ class RunBNInterpretation:
         seed:int=42, # Of the draw
     ):
         "Plot statistics of single batches, and the window's that takes them in"
-        layer = next(iter(self.norms)) if layer is None else layer
+        if layer is None: layer = next(iter(self.norms))
         if layer not in self.norms:
             raise ValueError(f"layer={layer!r}: one of {_listed(self.norms)} was expected.")
         m,bs = _trainer(self.norms[layer]),bs or self.bs
         if not 0<=channel<m.num_features:
-            raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {m.num_features-1}.")
+            last = m.num_features-1
+            raise ValueError(f"channel={channel!r}: `{layer}` has channels 0 to {last}.")
         rows,c = [],channel
         def look(n, x, y):
             mean,var,_ = batch_moments(x)
             m(x.clone())
-            rows.append(torch.stack((mean[c], m.window_mean[c], var[c], m.window_var[c])).tolist())
-        with _evaluating(self.model),_hooked({layer:self.norms[layer]}, look):
-            for xs in _draw(self.dl, bs, n_batches, seed, _device(self.model)): self.model(*xs)
+            stats = mean,m.window_mean,var,m.window_var
+            stats = torch.stack([s[c] for s in stats])
+            rows.append(stats.tolist())
+        norms = {layer:self.norms[layer]}
+        with _evaluating(self.model),_hooked(norms, look):
+            batches = _draw(self.dl, bs, n_batches, seed, _device(self.model))
+            for xs in batches: self.model(*xs)
         if not rows:
             raise ValueError(f"`{layer}` was not called in evaluation: there is nothing to show.")
         title = f'Layer {layer}, channel {channel}, batch size {bs}'
-        _plot_scatter(pd.DataFrame(rows), m.running_mean[c].item(), m.running_var[c].item(), title)
+        mean = m.running_mean[c].item()
+        var = m.running_var[c].item()
+        _plot_scatter(pd.DataFrame(rows), mean, var, title)
 
     def plot_layers(self,
         layers:list=None, # Names of up to six; default: four, evenly spaced
@@ -276,32 +320,41 @@ class RunBNInterpretation:
         "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
         hist = self.recorder.history if self.recorder else {}
         if not hist:
-            raise ValueError("Nothing was recorded: train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
+            raise ValueError("Nothing was recorded: "
+                "train with `cbs=[RunBNCallback(), RunBNRecorder()]`.")
         names = [*hist]
         if layers is None:
             layers = names
-            if len(names)>4: layers = [names[round(i*(len(names)-1)/3)] for i in range(4)]
+            if len(names)>4:
+                last = len(names)-1
+                layers = [names[round(i*last/3)] for i in range(4)]
         layers = listify(layers)
         for l in layers:
             if l not in hist:
-                raise ValueError(f"layers: {l!r} was not recorded; one of {_listed(names)} was expected.")
+                raise ValueError(f"layers: {l!r} was not recorded; "
+                    f"one of {_listed(names)} was expected.")
         if not 0<len(layers)<=6:
             raise ValueError(f"layers: one to six were expected, not {len(layers)}.")
-        fig,axs = plt.subplots(2, len(layers), figsize=(1.2+2.3*len(layers),5), layout='constrained',
-            sharex=True, squeeze=False)
+        size = 1.2+2.3*len(layers),5
+        fig,axs = plt.subplots(2, len(layers), sharex=True, squeeze=False,
+            figsize=size, layout='constrained')
         for l,(top,bottom) in zip(layers, axs.T):
-            steps = [s for s,_ in hist[l]]
-            stats = torch.stack([h for _,h in hist[l]]).cpu() # (records, 4, channels)
+            steps,stats = zip(*hist[l])
+            stats = torch.stack(stats).cpu() # (records, 4, channels)
             for ax,i in ((top,0),(bottom,1)):
-                window,evaluation = [stats[:,j].sqrt() if i else stats[:,j] for j in (i,i+2)]
+                window,evaluation = stats[:,i],stats[:,i+2]
+                if i: window,evaluation = window.sqrt(),evaluation.sqrt()
                 for c in range(stats.shape[2]):
-                    ax.plot(steps, window[:,c], color=_colours[c%6], lw=1.2)
-                    ax.plot(steps, evaluation[:,c], color=_colours[c%6], lw=1, ls='--')
+                    colour = _colours[c%6]
+                    ax.plot(steps, window[:,c], color=colour, lw=1.2)
+                    ax.plot(steps, evaluation[:,c], color=colour, lw=1, ls='--')
             top.set_title(f'Layer {l}')
             bottom.set_xlabel('training batch')
-        for ax,what in zip(axs[:,0], ('mean','standard deviation')): ax.set_ylabel(what)
+        axs[0,0].set_ylabel('mean')
+        axs[1,0].set_ylabel('standard deviation')
         looks = ('-','window'),('--','evaluation')
-        keys = [plt.Line2D([], [], color='.3', ls=ls, label=label) for ls,label in looks]
+        keys = [plt.Line2D([], [], color='.3', ls=ls, label=label)
+            for ls,label in looks]
         fig.legend(handles=keys, loc='outside lower center', ncols=2)
         fig.suptitle('Statistics of some channels over training, a colour each')
 
@@ -310,7 +363,8 @@ class RunBNInterpretation:
         looked = self.recorder.looked if self.recorder else {}
         res = []
         for n,row in self.table().iterrows():
-            res += _remarks(n, self.norms[n], row, looked.get(n, 0), self.bs)
+            m,n_looked = self.norms[n],looked.get(n, 0)
+            res += _remarks(n, m, row, n_looked, self.bs)
         return res
 
 # %% ../nbs/11_interpret.ipynb #270fa9b8
@@ -322,15 +376,18 @@ def _share(m, bs):
     if rows and (bs is None or rows!=samples or samples>bs): bs = samples # as it was counted
     if n<0 or bs is None: return math.nan
     if isinstance(m.window, AdaptiveWindow): # the median of what channels give it
-        M,moments = values*bs/samples if samples else n,(m.window_mean,m.window_var)
+        M = values*bs/samples if samples else n
+        moments = m.window_mean,m.window_var
         window = m.window_count,*moments
-        a,_ = adapt(m.window_innovations, window, moments, bs, M, longest=m.window.samples,
-            eps=m.eps)
-        return window_share(m.window_count, M, a)[1].median().item()
+        a,_ = adapt(m.window_innovations, window, moments, bs, M,
+            longest=m.window.samples, eps=m.eps)
+        _,rho = window_share(m.window_count, M, a)
+        return rho.median().item()
+    batches = max(1, m.num_batches_tracked.item())
     young,M = m.samples_seen<2**40,n # young: it started empty, with a count that is too small still
     for _ in range(6):               # the weight is a function of M in turn
         a = window_weight(m.window, bs, M)
-        if young: M = n/(1-(1-a)**max(1, m.num_batches_tracked.item()))
+        if young: M = n/(1-(1-a)**batches)
     return float(a*M/((1-a)*n+a*M))
 
 # %% ../nbs/11_interpret.ipynb #ca1c6047
@@ -371,16 +428,20 @@ def _draw(dl, bs, n, seed, device):
     "`n` batches of `bs` samples, tuples of a model's inputs: drawn from a fastai `DataLoader`, of others the first"
     def cut(b):
         b = tuple(b) if isinstance(b, (tuple,list)) else (b,)
-        xs = b[:getattr(dl, 'n_inp', max(1, len(b)-1))]
-        return [tuple(x[i:i+bs] for x in xs) for i in range(0, len(xs[0])-bs+1, bs)]
+        n_inp = getattr(dl, 'n_inp', max(1, len(b)-1))
+        xs = b[:n_inp]
+        starts = range(0, len(xs[0])-bs+1, bs)
+        return [tuple(x[i:i+bs] for x in xs) for i in starts]
     if dl is None: raise ValueError("There is no data to look at: give `dl`, or `dls`.")
     if bs is None: raise ValueError("The batch size of training is not known: give `bs`.")
     with no_random(seed): # which changes no random state
-        if hasattr(dl, 'new'): dl = dl.new(bs=bs, shuffle=True, drop_last=True, num_workers=0)
-        batches = [to_device(o, device) for o in islice((o for b in dl for o in cut(b)), n)]
+        if hasattr(dl, 'new'):
+            dl = dl.new(bs=bs, shuffle=True, drop_last=True, num_workers=0)
+        pieces = (o for b in dl for o in cut(b))
+        batches = [to_device(o, device) for o in islice(pieces, n)]
     if not batches:
-        raise ValueError(f"There is no batch of {bs} samples in the data: give another `dl` (a Learner "
-            "that was exported has none), or a smaller `bs`.")
+        raise ValueError(f"There is no batch of {bs} samples in the data: give another `dl` "
+            "(a Learner that was exported has none), or a smaller `bs`.")
     return batches
 
 def _device(model): return next(iter(model.parameters())).device
@@ -391,11 +452,15 @@ def _channels(x): return x.detach().float().transpose(0, 1).flatten(1)
 def _gaps(model, batches):
     "Root mean square difference of training and evaluation, in σ of evaluation, each norm alone and with the others"
     norms = _norms(_unwrapped(model), _BatchNorm)
-    sums,outs = {n:Counter() for n in norms},{n:[] for n in norms}
+    sums = {n:Counter() for n in norms}
+    outs = {n:[] for n in norms}
     def differ(n, which, y, y_eval):
-        sums[n][which] = sums[n][which]+(_channels(y)-_channels(y_eval)).square().sum(1)
+        gap = _channels(y)-_channels(y_eval)
+        squares = gap.square().sum(1)
+        sums[n][which] = sums[n][which]+squares
     def evaluate(n, x, y):
-        y,s,flat = y.clone(),sums[n],_channels(y)
+        s,flat = sums[n],_channels(y)
+        y = y.clone()
         outs[n].append(y)
         s['square'] = s['square']+flat.square().sum(1)
         s['mean'] = s['mean']+flat.sum(1)
@@ -405,18 +470,22 @@ def _gaps(model, batches):
         y = _training(n, together[n], x)
         differ(n, 'together', y, outs[n].pop(0))
         return y
-    alone,together = [{n:_trainer(m) for n,m in norms.items()} for _ in range(2)]
+    alone = {n:_trainer(m) for n,m in norms.items()}
+    together = {n:_trainer(m) for n,m in norms.items()}
     with _evaluating(model):
         for xs in batches:
             with _hooked(norms, evaluate): model(*xs)
             with _hooked(norms, train): model(*xs)
     def ratios(s):
         spread = (s['square']-s['mean']**2/s['count']).sum()
-        return {w:(s[w].sum()/spread).sqrt().item() for w in ('alone','together')}
-    return pd.DataFrame({n:ratios(s) for n,s in sums.items() if s['count']}).T.rename_axis('layer')
+        def ratio(squares): return (squares.sum()/spread).sqrt().item()
+        return dict(alone=ratio(s['alone']), together=ratio(s['together']))
+    rows = {n:ratios(s) for n,s in sums.items() if s['count']}
+    return pd.DataFrame(rows).T.rename_axis('layer')
 
 # %% ../nbs/11_interpret.ipynb #75ce013a
-_colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00' # Okabe and Ito's, for all eyes
+# Okabe and Ito's, for all eyes
+_colours = '#0072b2','#d55e00','#009e73','#56b4e9','#cc79a7','#e69f00'
 _blue,_orange = _colours[:2]
 _marks = 'os^Dv*'
 
@@ -425,12 +494,17 @@ def _per_layer(series, title):
     names = list(next(iter(series.values())).index)
     longest = max(map(len, names))
     level = longest<4 and len(names)<17
-    fig,ax = plt.subplots(figsize=(6.5, 3.6+(0 if level else .08*longest)), layout='constrained')
+    height,rotation = 3.6,0
+    if not level: height,rotation = 3.6+.08*longest,90
+    fig,ax = plt.subplots(figsize=(6.5,height), layout='constrained')
     for (label,s),c,mk in zip(series.items(), _colours, _marks):
-        ax.plot(range(len(s)), s, color=c, marker=mk, ms=5, lw=1.2, label=label)
+        look = dict(color=c, marker=mk, ms=5, lw=1.2)
+        ax.plot(range(len(s)), s, **look, label=label)
     every = math.ceil(len(names)/16)
-    ax.set_xticks(range(0, len(names), every), names[::every], rotation=0 if level else 90)
-    ax.set(xlabel='layer', ylabel='rms difference (σ of the output)', title=title, ylim=(0,None))
+    ticks = range(0, len(names), every)
+    ax.set_xticks(ticks, names[::every], rotation=rotation)
+    ax.set(xlabel='layer', ylabel='rms difference (σ of the output)',
+        title=title, ylim=(0,None))
     ax.grid(axis='y', color='.9')
     ax.set_axisbelow(True)
     ax.legend()
@@ -442,25 +516,30 @@ def _common(learners, dl, bs):
         raise ValueError(f"RunBNInterpretation: one to {len(_colours)} learners were expected, "
             f"not {len(learners)}.")
     dls = getattr(next(iter(learners.values())), 'dls', None)
-    dl = _data(dls) if dl is None else dl
-    models = {n:_unwrapped(getattr(l, 'model', l)) for n,l in learners.items()}
-    return models,dl,bs or (_bs(dls) if dls is not None else _bs(dl))
+    if dl is None: dl = _data(dls)
+    if dls is None: dls = dl
+    models = {n:_unwrapped(getattr(l, 'model', l))
+        for n,l in learners.items()}
+    return models,dl,bs or _bs(dls)
 
 # %% ../nbs/11_interpret.ipynb #b45fdfda
 def _logits(model, xs):
     "Output of `model` as `(N,classes,*)`; of torchvision's dicts it is 'out'"
     out = model(*xs)
-    out = out.get('out') if isinstance(out, dict) else out
-    if not isinstance(out, torch.Tensor) or out.ndim!=xs[0].ndim or out.shape[2:]!=xs[0].shape[2:]:
-        got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(f"{type(model).__name__} gives {got} for an input of "
-            f"{tuple(xs[0].shape)}: classes in axis 1 for each position of it, (N,classes,*), were expected.")
+    if isinstance(out, dict): out = out.get('out')
+    is_tensor,shape = isinstance(out, torch.Tensor),xs[0].shape
+    if not is_tensor or out.ndim!=len(shape) or out.shape[2:]!=shape[2:]:
+        got = tuple(out.shape) if is_tensor else type(out).__name__
+        raise ValueError(f"{type(model).__name__} gives {got} for an input of {tuple(shape)}: "
+            "classes in axis 1 for each position of it, (N,classes,*), were expected.")
     return out
 
 def _probabilities(model, xs):
     "Of each class, in axis 1; where there is one channel, of its class and of none"
     out = _logits(model, xs).float()
-    if out.shape[1]==1: out = torch.cat((torch.zeros_like(out), out), 1)
+    if out.shape[1]==1:
+        none = torch.zeros_like(out)
+        out = torch.cat((none, out), 1)
     return out.softmax(1)
 
 def _distance(p, q):
@@ -478,8 +557,10 @@ def _starts(shape, tile):
     "Where the second tiling begins, axis by axis: half a tile on, or at 0 in an axis of one tile"
     if len(tile)!=len(shape): raise ValueError(f"tile={tile}: {len(shape)} sizes were expected.")
     starts = [t//2 if n>t else 0 for n,t in zip(shape, tile)]
-    if not any(starts) or any(not 0<t<=n or (s and (t%2 or n<t+s))
-            for n,t,s in zip(shape, tile, starts)):
+    def fits(n, t, s):
+        if s and (t%2 or n<t+s): return False
+        return 0<t<=n
+    if not any(starts) or not all(map(fits, shape, tile, starts)):
         raise ValueError(f"tile={tile} for an image of {tuple(shape)}: even sizes were expected, "
             "two thirds of the image's at most, or as large as it is; not all of them as large.")
     return starts
@@ -487,22 +568,29 @@ def _starts(shape, tile):
 def _by_tiles(model, x, tile, starts):
     "Class probabilities tile by tile, the first tile at `starts`; NaN outside of the tiles"
     res = None
-    corners = [range(s, n-t+1, t) for s,n,t in zip(starts, x.shape[2:], tile)]
+    corners = [range(s, n-t+1, t)
+        for s,n,t in zip(starts, x.shape[2:], tile)]
     for corner in itertools.product(*corners):
-        at = (..., *[slice(c, c+t) for c,t in zip(corner, tile)])
+        slices = [slice(c, c+t) for c,t in zip(corner, tile)]
+        at = ...,*slices
         p = _probabilities(model, (x[at],))
-        if res is None: res = p.new_full((*p.shape[:2],*x.shape[2:]), math.nan)
+        if res is None:
+            shape = *p.shape[:2],*x.shape[2:]
+            res = p.new_full(shape, math.nan)
         res[at] = p
     return res
 
 def _two_tilings(model, x, tile, margin=0):
     "Probabilities in two tilings, and their distance: NaN in margins and where one has no tile"
     starts = _starts(x.shape[2:], tile)
-    one,other = [_by_tiles(model, x, tile, s) for s in ([0]*len(tile),starts)]
+    one,other = [_by_tiles(model, x, tile, s)
+        for s in ([0]*len(tile),starts)]
     distance = _distance(one, other)
-    for axis,(n,t,s) in enumerate(zip(x.shape[2:], tile, starts), 1):
-        i = torch.arange(n, device=x.device)%max(1, s)
-        if s: distance.index_fill_(axis, ((i<margin) | (i>=s-margin)).nonzero()[:,0], math.nan)
+    for axis,(n,s) in enumerate(zip(x.shape[2:], starts), 1):
+        if s==0: continue
+        i = torch.arange(n, device=x.device)%s
+        edges = ((i<margin) | (i>=s-margin)).nonzero()[:,0]
+        distance.index_fill_(axis, edges, math.nan)
     if distance.isnan().all():
         raise ValueError(f"margin={margin} leaves nothing of a tile of {tile}.")
     return one,other,distance
@@ -510,7 +598,8 @@ def _two_tilings(model, x, tile, margin=0):
 # %% ../nbs/11_interpret.ipynb #4edf23a9
 def _draw_seams(ax, shape, tile, starts):
     "Lines where tiles of the last two axes meet"
-    for n,t,s,line in zip(shape, tile, starts, (ax.axhline,ax.axvline)):
+    lines = ax.axhline,ax.axvline
+    for n,t,s,line in zip(shape, tile, starts, lines):
         for i in range(s, n+1, t):
             if 0<i<n: line(i-.5, color='w', lw=.6, ls=':')
 
@@ -521,12 +610,15 @@ def _plot_scatter(df, mean, var, title):
     df[[2,3]] = df[[2,3]].clip(lower=0)**.5
     fig,axs = plt.subplots(1, 2, figsize=(9,3.8), layout='constrained')
     one = dict(color=_orange, ls='', marker='o', ms=4, alpha=.6)
-    looks = ('one batch',one),('window, that batch included',dict(color=_blue, lw=2))
+    window = dict(color=_blue, lw=2)
+    looks = ('one batch',one),('window, that batch included',window)
     panels = ('Mean','mean',mean),('Standard deviation σ','σ',unit)
+    batches = range(1, len(df)+1)
     for ax,i,(title_,what,at) in zip(axs, (0,2), panels):
         for j,(label,style) in enumerate(looks, i):
             spread = df[j].std(ddof=0)/unit
-            ax.plot(range(1,len(df)+1), df[j], **style, label=f'{label} (spread {spread:.2f} σ)')
+            label = f'{label} (spread {spread:.2f} σ)'
+            ax.plot(batches, df[j], **style, label=label)
         ax.axhline(at, color='k', ls='--', lw=1, label='evaluation')
         ax.set(xlabel='batch', ylabel=f'{what} of the activations', title=title_)
         ax.legend(loc='upper center', bbox_to_anchor=(.5,-.18), fontsize='small')
@@ -534,38 +626,43 @@ def _plot_scatter(df, mean, var, title):
     fig.draw_without_rendering() # the layout settles: legends change ticks, whose labels take space
 
 # %% ../nbs/11_interpret.ipynb #f83bfb88
-_far = .5 # σ between window and evaluation that are worth a remark: four times what a healthy layer had
+# σ between window and evaluation that are worth a remark: four times what a healthy layer had
+_far = .5
 
 def _remarks(name, m, row, looked, bs):
     "What is wrong with the layer `m`, of which `row` is the row in the table, in training with `bs` samples a batch"
     C,floor = m.num_features,_floor(m, m.samples_seen).item()
     under = int((m.window_var<floor).sum())
-    if m.window_count.median()==0: return [f"no batch yet: `{name}` starts with the first batch of training."]
+    if m.window_count.median()==0:
+        return [f"no batch yet: `{name}` starts with the first batch of training."]
     out = []
     rows,samples,_ = m.last_batch or (0,0,0)
     if bs and samples>bs: out.append(
-        f"rows are not samples: `{name}` counted {rows} rows as {samples} samples, where a batch has "
-        f"{bs}, and its window is that much shorter. Say `set_batch_size(model, {bs})`, or train with "
-        "RunBNCallback, which does.")
+        f"rows are not samples: `{name}` counted {rows} rows as {samples} samples, "
+        f"where a batch has {bs}, and its window is that much shorter. "
+        f"Say `set_batch_size(model, {bs})`, or train with RunBNCallback, which does.")
     if row.dead: out.append(
-        f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant in the window "
-        f"(a variance below eps={m.eps:g}). Look for empty inputs and for filters that died at a high "
-        "learning rate.")
+        f"variance at the floor: {row.dead:.0f} of {C} channels of `{name}` are constant "
+        f"in the window (a variance below eps={m.eps:g}). "
+        "Look for empty inputs and for filters that died at a high learning rate.")
     elif under: out.append(
-        f"variance at the floor: {under} of {C} channels of `{name}` are normalised with the floor of "
-        f"{floor:g}. Their activations are small; a lower `clamp` leaves them their own variance.")
+        f"variance at the floor: {under} of {C} channels of `{name}` are normalised "
+        f"with the floor of {floor:g}. "
+        "Their activations are small; a lower `clamp` leaves them their own variance.")
     elif looked and row.floor_hits>looked/4: out.append(
-        f"variance at the floor: in the first samples `{name}` was normalised with the floor in "
-        f"{row.floor_hits/looked:.0%} of the cases. Its activations were small then; a lower `clamp` "
-        "leaves them their own variance.")
+        f"variance at the floor: in the first samples `{name}` was normalised "
+        f"with the floor in {row.floor_hits/looked:.0%} of the cases. "
+        "Its activations were small then; a lower `clamp` leaves them their own variance.")
     if row.skipped: out.append(
-        f"skipped batches: `{name}` left out {row.skipped:.0f} of {int(m.num_batches_tracked)} that had "
-        "a NaN or infinity. Look at the data, or for an overflow in float16.")
+        f"skipped batches: `{name}` left out {row.skipped:.0f} of {int(m.num_batches_tracked)} "
+        "that had a NaN or infinity. Look at the data, or for an overflow in float16.")
     if row.off>_far: out.append(
-        f"window far from evaluation: half the means of `{name}` are {row.off:.2g} σ or more apart. The "
-        f"weights move faster than `eval_window={m.eval_window}` samples: train on at a lower rate "
-        "before you evaluate, or give less.")
+        "window far from evaluation: "
+        f"half the means of `{name}` are {row.off:.2g} σ or more apart. "
+        f"The weights move faster than `eval_window={m.eval_window}` samples: "
+        "train on at a lower rate before you evaluate, or give less.")
     if not .5<=row.sigma_ratio<=2: out.append(
-        f"window far from evaluation: the σ of `{name}` in the window is {row.sigma_ratio:.2g} times "
-        "that of evaluation. See `plot_layers` for when it moved.")
+        "window far from evaluation: "
+        f"the σ of `{name}` in the window is {row.sigma_ratio:.2g} times that of evaluation. "
+        "See `plot_layers` for when it moved.")
     return out

@@ -44,16 +44,17 @@ def register_norm(
     new:type, # Its twin: a subclass of `old` and of a running norm
 ):
     "Let `to_runbn` make layers of exactly the class `old` ones of `new`, and `to_bn` the other way"
-    def inherits(cls, *of): return isinstance(cls, type) and all(issubclass(cls, o) for o in of)
+    def inherits(cls, *of):
+        return isinstance(cls, type) and all(issubclass(cls, o) for o in of)
     if not inherits(old, _BatchNorm):
         raise TypeError(f"register_norm: old={old!r} is no subclass of PyTorch's BatchNorm.")
     if not inherits(new, RunningBatchNormMixin, old):
         name = old.__name__
-        raise TypeError(f"register_norm: new={new!r} has to be a subclass of {name} and of a running "
-            f"norm, as `class Running{name}({name}, RunningBatchNorm2d): pass`.")
+        raise TypeError(f"register_norm: new={new!r} has to be a subclass of {name} "
+            f"and of a running norm, as `class Running{name}({name}, RunningBatchNorm2d): pass`.")
     if (other := _plain.get(new, old)) is not old:
-        raise ValueError(f"register_norm: {new.__name__} is the twin of {other.__name__} already; make "
-            "another class.")
+        raise ValueError(f"register_norm: {new.__name__} is the twin of {other.__name__} already; "
+            "make another class.")
     norm_twins[old],_plain[new] = new,old
 
 def _plain_of(cls):
@@ -70,8 +71,8 @@ def _unfit(m):
     if is_parametrized(m): return f"{name} is parametrized: remove the parametrization first"
     if norm_twin(cls) is None:
         if not isinstance(m, _BatchNorm): return f"{name} is not PyTorch's BatchNorm"
-        return (f"{name} is a {cls.__mro__[1].__name__} with a `forward` of its own, which converting "
-            "would drop: register a twin with `register_norm`")
+        return (f"{name} is a {cls.__mro__[1].__name__} with a `forward` of its own, "
+            "which converting would drop: register a twin with `register_norm`")
     if m.running_mean is None:
         return 'track_running_stats=False: it keeps no statistics, and a running norm has to'
     return ''
@@ -79,7 +80,9 @@ def _unfit(m):
 # %% ../nbs/06_surgery.ipynb #14c4397a
 def _unchosen(m, names, include, exclude, filter_fn):
     "Why the user's choice leaves `m`, known by `names`, out, or ''"
-    def hit(pats): return next((p for p in pats for n in names if fnmatchcase(n, p)), None)
+    def hit(pats):
+        hits = (p for p in pats for n in names if fnmatchcase(n, p))
+        return next(hits, None)
     if exclude and (p:=hit(exclude)) is not None: return f"excluded by {p!r}"
     if include and hit(include) is None: return f"not in include={include!r}"
     if filter_fn and not filter_fn(m, names[0]): return "filter_fn said no"
@@ -100,9 +103,12 @@ class NormRow(NamedTuple):
 
     def cells(self)->list: # Of the columns `_columns`
         "The row as text"
-        channels,why = '' if self.channels is None else str(self.channels),[self.why]
+        channels = '' if self.channels is None else str(self.channels)
+        why = [self.why]
         if self.points:
-            why.append(f"{_plural(self.points, 'row')}, counted as {_plural(self.samples, 'sample')}")
+            rows = _plural(self.points, 'row')
+            samples = _plural(self.samples, 'sample')
+            why.append(f"{rows}, counted as {samples}")
         if self.skipped:
             why.append(f"skipped {_plural(self.skipped, 'batch', 'batches')} with NaN or infinity")
         why = ', '.join(filter(None, why))
@@ -138,22 +144,31 @@ class SurgeryReport:
         "One line: how many running, convertible and left alone, and which other norms there are"
         parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible',
             f'{len(self.left_alone)} left alone']
-        if n := sum(r.skipped>0 for r in self.rows): parts.append(f'{n} with skipped batches')
+        skipped = sum(r.skipped>0 for r in self.rows)
+        if skipped: parts.append(f'{skipped} with skipped batches')
         line = ', '.join(parts)
-        if self.others: line += '; also '+', '.join(f'{n} {t}' for t,n in self.others.items())
+        if self.others:
+            others = ', '.join(f'{n} {t}' for t,n in self.others.items())
+            line += f'; also {others}'
         return line
     @property
     def computed(self):
         "A line where kernels could compute the running norms faster than what there is; else ''"
         return _no_kernels if self.running and cpu.kernels is None else ''
-    def _head(self): return [o for o in (self.counts,self.filters,self.computed) if o]
+    def _head(self):
+        lines = self.counts,self.filters,self.computed
+        return [o for o in lines if o]
     def _cells(self): return [r.cells() for r in self.rows]
 
     def __repr__(self):
         table = [_columns, *self._cells()]
         widths = [max(map(len, col)) for col in zip(*table)]
-        lines = ['  '.join(c.ljust(w) for c,w in zip(row, widths)).rstrip() for row in table]
-        return '\n'.join(self._head()+(lines if self.rows else []))
+        def line(row):
+            cells = [c.ljust(w) for c,w in zip(row, widths)]
+            return '  '.join(cells).rstrip()
+        lines = self._head()
+        if self.rows: lines += [line(row) for row in table]
+        return '\n'.join(lines)
 
     def _repr_markdown_(self):
         table = [_columns, ['---']*len(_columns), *self._cells()]
@@ -162,15 +177,17 @@ class SurgeryReport:
 
     def _repr_html_(self):
         head = [f'<p>{escape(o)}</p>\n' for o in self._head()]
-        return ''.join(head) + pd.DataFrame(self._cells(), columns=_columns).to_html(index=False)
+        table = pd.DataFrame(self._cells(), columns=_columns)
+        return ''.join(head) + table.to_html(index=False)
 
-_no_kernels = ("on the CPU PyTorch's operators compute them: pip found no C compiler when it installed "
-    "fastai_runbn")
+_no_kernels = ("on the CPU PyTorch's operators compute them: "
+    "pip found no C compiler when it installed fastai_runbn")
 
 # %% ../nbs/06_surgery.ipynb #0ff54436
 def _patterns(pats, rows, arg):
     "`pats` as a list, each checked to match some layer of `rows`, `(names,module)`"
-    pats,names = listify(pats),[n for ns,_ in rows for n in ns]
+    pats = listify(pats)
+    names = [n for ns,_ in rows for n in ns]
     for p in pats:
         if any(fnmatchcase(n, p) for n in names): continue
         raise ValueError(f"{arg}={p!r} matches no norm layer. Their names are {_first(names)}; a "
@@ -179,16 +196,19 @@ def _patterns(pats, rows, arg):
 
 def _first(names, n=8):
     "The first `n` of names, to be read"
-    return ', '.join([*map(repr, names[:n]), *['…']*(len(names)>n)])
+    first = [repr(o) for o in names[:n]]
+    if len(names)>n: first.append('…')
+    return ', '.join(first)
 
 def _check_model(model):
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: an nn.Module was expected, not a {type(model).__name__} ({model!r}).")
+        got = type(model).__name__
+        raise TypeError(f"model: an nn.Module was expected, not a {got} ({model!r}).")
     for name,m in model.named_modules():
         if not isinstance(m, (DistributedDataParallel,DataParallel)): continue
         what,wrapper = f'`{name}`' if name else 'the model',type(m).__name__
-        raise TypeError(f"{what} is wrapped in {wrapper}, which has taken note of the buffers. Convert "
-            f"before wrapping: `{wrapper}(to_runbn(model))`.")
+        raise TypeError(f"{what} is wrapped in {wrapper}, which has taken note of the buffers. "
+            f"Convert before wrapping: `{wrapper}(to_runbn(model))`.")
 
 # %% ../nbs/06_surgery.ipynb #7ce6207e
 def surgery_report(
@@ -201,28 +221,37 @@ def surgery_report(
     _check_model(model)
     found = {}
     for name,m in model.named_modules(remove_duplicate=False):
-        found.setdefault(id(m), ([],m))[0].append(name)
-    def named(m, part): return part in type(m).__name__ and not any(True for _ in m.children())
+        names,_ = found.setdefault(id(m), ([],m))
+        names.append(name)
+    def named(m, part):
+        leaf = not any(True for _ in m.children())
+        return leaf and part in type(m).__name__
     def is_bn(m): return isinstance(m, _BatchNorm) or named(m, 'BatchNorm')
     rows = [(names,m) for names,m in found.values() if is_bn(m)]
-    others = [m for _,m in found.values() if named(m, 'Norm') and not is_bn(m)]
+    others = [m for _,m in found.values()
+        if named(m, 'Norm') and not is_bn(m)]
     others = Counter(type(m).__name__ for m in others)
-    include,exclude = _patterns(include, rows, 'include'),_patterns(exclude, rows, 'exclude')
-    return SurgeryReport([_row(names, m, include, exclude, filter_fn) for names,m in rows], others)
+    include = _patterns(include, rows, 'include')
+    exclude = _patterns(exclude, rows, 'exclude')
+    rows = [_row(names, m, include, exclude, filter_fn) for names,m in rows]
+    return SurgeryReport(rows, others)
 
 # %% ../nbs/06_surgery.ipynb #667b35a0
 def _row(names, m, include, exclude, filter_fn):
     "The report's row for module `m`, known by `names`"
     old,running = type(m),isinstance(m, RunningBatchNormMixin)
-    why = ('' if running else _unfit(m)) or _unchosen(m, names, include, exclude, filter_fn)
-    if running: old,to,status = _plain_of(old) or old,old,'running'
-    else:       to,status = (None,'left alone') if why else (norm_twin(old),'convertible')
-    skipped = int(m.skipped_batches) if running and not m.skipped_batches.is_meta else 0
+    why = '' if running else _unfit(m)
+    if not why: why = _unchosen(m, names, include, exclude, filter_fn)
+    if running: old,to,status = _plain_of(old) or old,old.__name__,'running'
+    elif why:   to,status = '','left alone'
+    else:       to,status = norm_twin(old).__name__,'convertible'
+    counted = running and not m.skipped_batches.is_meta
+    skipped = int(m.skipped_batches) if counted else 0
     rows,samples,_ = (running and m.last_batch) or (0,0,0)
     if rows==samples: rows = samples = 0 # nothing to tell
-    return NormRow(name=names[0], type=old.__name__, to=to.__name__ if to else '',
-        channels=getattr(m, 'num_features', None), status=status, why=why, skipped=skipped,
-        points=rows, samples=samples)
+    return NormRow(name=names[0], type=old.__name__, to=to,
+        channels=getattr(m, 'num_features', None), status=status, why=why,
+        skipped=skipped, points=rows, samples=samples)
 
 # %% ../nbs/06_surgery.ipynb #ece36215
 def to_runbn(
@@ -239,11 +268,12 @@ def to_runbn(
     if dry_run: return report
     modules,done = dict(model.named_modules()),[]
     chosen = [r for r in report.running if not r.why]
-    lazy = [r.name for r in report.left_alone if isinstance(modules[r.name], LazyModuleMixin)]
+    lazy = [r.name for r in report.left_alone
+        if isinstance(modules[r.name], LazyModuleMixin)]
     if lazy:
         more = f' and {len(lazy)-1} more' if lazy[1:] else ''
-        warnings.warn(f"{lazy[0]!r}{more}: lazy norms are left alone. Run a batch through the model "
-            "first, then convert.", stacklevel=2)
+        warnings.warn(f"{lazy[0]!r}{more}: lazy norms are left alone. "
+            "Run a batch through the model first, then convert.", stacklevel=2)
     elif not chosen and not report.convertible:
         warnings.warn(f"Nothing to convert in {type(model).__name__}: {report.counts}. "
             "`surgery_report(model)` tells why.", stacklevel=2)
@@ -289,14 +319,17 @@ def to_bn(
 # %% ../nbs/06_surgery.ipynb #88679288
 def _bn_statistics(p, sd):
     "BatchNorm's buffers from those of lesson 10's layer at prefix `p` of `sd`; `dbias` cancels"
-    S,Q,n = [sd[p+o].detach().double().flatten() for o in ('sums','sqrs','count')]
+    def read(key): return sd[p+key].detach().double().flatten()
+    S,Q,n = read('sums'),read('sqrs'),read('count')
     dtype = torch.float64 if sd[p+'sums'].dtype==torch.float64 else torch.float32
     if n==0: mean,var = torch.zeros_like(S),torch.ones_like(S) # it has seen nothing
     else:
         mean,var = S/n,Q/n-(S/n)**2
-        if p+'batch' in sd and sd[p+'batch']<20: var = var.clamp(min=.01) # as it has in evaluation
+        young = p+'batch' in sd and sd[p+'batch']<20
+        if young: var = var.clamp(min=.01) # as it has in evaluation
     step = sd.get(p+'step', torch.tensor(0)) # 0, with statistics: trained for ever so long
-    return {p+'running_mean':mean.to(dtype), p+'running_var':var.clamp(min=0).to(dtype),
+    return {p+'running_mean':mean.to(dtype),
+        p+'running_var':var.clamp(min=0).to(dtype),
         p+'num_batches_tracked':step.detach().long().reshape(())}
 
 # %% ../nbs/06_surgery.ipynb #cc943e0a
@@ -317,7 +350,8 @@ def from_lesson10(
             f"{_first([*state_dict])}.{nested}")
     res = {}
     for k,(a,b,name) in split.items():
-        if a+b not in prefixes or name not in (*new,*old): res[k] = state_dict[k]
-        elif name in new:  res[a+b+new[name]] = state_dict[k].detach().flatten()
-        elif name=='sums': res.update(_bn_statistics(a+b, state_dict))
+        p,v = a+b,state_dict[k]
+        if p not in prefixes or name not in (*new,*old): res[k] = v
+        elif name in new:  res[p+new[name]] = v.detach().flatten()
+        elif name=='sums': res.update(_bn_statistics(p, state_dict))
     return res

@@ -56,7 +56,8 @@ def __getattr__(name):
     module,old,running,members = _twins[name]
     bases = getattr(import_module(module), old),running
     doc = f"`{module}.{old}` as a running norm"
-    globals()[name] = twin = type(name, bases, dict(members, __module__=__name__, __doc__=doc))
+    members = dict(members, __module__=__name__, __doc__=doc)
+    globals()[name] = twin = type(name, bases, members)
     return twin
 
 def twin_of(

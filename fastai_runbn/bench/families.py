@@ -17,33 +17,40 @@ from ..surgery import surgery_report,to_bn,to_runbn
 # %% ../../nbs/12_bench.families.ipynb #d9866723
 def _timm(name, size):
     import timm
-    return timm.create_model(name, pretrained=False),torch.randn(1,3,size,size)
+    model = timm.create_model(name, pretrained=False)
+    return model,torch.randn(1,3,size,size)
 
 def _torchvision(name, *shape):
     import torchvision
     kwargs = {}
     if name.startswith(('fcn','faster')): kwargs['weights_backbone'] = None # else it is downloaded
-    return torchvision.models.get_model(name, weights=None, **kwargs),torch.randn(shape)
+    model = torchvision.models.get_model(name, weights=None, **kwargs)
+    return model,torch.randn(shape)
 
 def _fastai(name):
     from fastai.vision.all import DynamicUnet,create_body,create_vision_model,resnet18
     from fastai.vision.gan import basic_critic
     from fastai.tabular.model import TabularModel
     if name=='tabular_learner':
-        return TabularModel([(10,4)], 6, 2, [32,16]),(torch.randint(10, (4,1)),torch.randn(4,6))
+        model = TabularModel([(10,4)], 6, 2, [32,16])
+        xs = torch.randint(10, (4,1)),torch.randn(4,6)
+        return model,xs
     if name=='vision_learner': model = create_vision_model(resnet18, 10, pretrained=False)
     elif name=='unet_learner':
-        model = DynamicUnet(create_body(resnet18(), 3, pretrained=False), 5, (64,64))
+        body = create_body(resnet18(), 3, pretrained=False)
+        model = DynamicUnet(body, 5, (64,64))
     else: model = basic_critic(64, 3)
     return model,torch.randn(2,3,64,64)
 
 def _smp(name):
     import segmentation_models_pytorch as smp
-    return smp.create_model(name, 'resnet18', None, classes=3),torch.randn(1,3,64,64)
+    model = smp.create_model(name, 'resnet18', None, classes=3)
+    return model,torch.randn(1,3,64,64)
 
 def _monai(name, **kwargs):
     from monai.networks import nets
-    return getattr(nets, name)(**kwargs),torch.randn(1,1,32,32,32)
+    model = getattr(nets, name)(**kwargs)
+    return model,torch.randn(1,1,32,32,32)
 
 class FusedConv(nn.Module):
     "Convolution, norm and SiLU, which `fuse` makes one convolution, as in Ultralytics' detectors"
@@ -51,24 +58,35 @@ class FusedConv(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(n_in, n_out, 3, 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(n_out, eps=1e-3, momentum=.03)
-    def forward(self, x): return F.silu(self.conv(x) if self.bn is None else self.bn(self.conv(x)))
-    def fuse(self): self.conv,self.bn = fuse_conv_bn_eval(self.conv, self.bn),None
+    def forward(self, x):
+        x = self.conv(x)
+        if self.bn is not None: x = self.bn(x)
+        return F.silu(x)
+    def fuse(self):
+        self.conv = fuse_conv_bn_eval(self.conv, self.bn)
+        self.bn = None
 
 def _fused():
-    return nn.Sequential(FusedConv(3,16), FusedConv(16,32), FusedConv(32,64)),torch.randn(1,3,64,64)
+    model = nn.Sequential(FusedConv(3,16), FusedConv(16,32), FusedConv(32,64))
+    return model,torch.randn(1,3,64,64)
 
 # %% ../../nbs/12_bench.families.ipynb #9826f8d0
 _in_3d = dict(spatial_dims=3, in_channels=1, out_channels=3)
 
 _of_timm = dict(resnet18=64, efficientnet_b0=64, mobilenetv3_small_050=64, mobilenetv2_035=64,
-    regnetx_002=64, densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96, darknet53=64,
-    lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64, hrnet_w18_small=64,
-    vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64, vit_tiny_patch16_224=224)
-_of_torchvision = dict(resnet18=(1,3,64,64), mobilenet_v2=(1,3,64,64), densenet121=(1,3,64,64),
-    fcn_resnet50=(1,3,64,64), fasterrcnn_resnet50_fpn=(1,3,64,64), r3d_18=(1,3,8,32,32),
+    regnetx_002=64, densenet121=64, resnetv2_18=64, mobileone_s0=64, inception_v3=96,
+    darknet53=64, lcnet_035=64, maxvit_pico_rw_256=256, ghostnet_050=64, fastvit_t8=64,
+    hrnet_w18_small=64, vgg11_bn=32, convmixer_768_32=32, levit_128s=224, convnext_atto=64,
+    vit_tiny_patch16_224=224)
+_image = 1,3,64,64
+_of_torchvision = dict(resnet18=_image, mobilenet_v2=_image, densenet121=_image,
+    fcn_resnet50=_image, fasterrcnn_resnet50_fpn=_image,
+    r3d_18=(1,3,8,32,32),
     s3d=(1,3,16,224,224))
-_of_monai = dict(UNet=dict(**_in_3d, channels=(8,16,32), strides=(2,2), norm='batch'),
-    SegResNet=dict(init_filters=8, norm='batch'), VNet={}, DenseNet121=_in_3d)
+_unet = dict(**_in_3d, norm='batch',
+    channels=(8,16,32), strides=(2,2))
+_of_monai = dict(UNet=_unet, SegResNet=dict(init_filters=8, norm='batch'),
+    VNet={}, DenseNet121=_in_3d)
 _of_fastai = 'vision_learner','unet_learner','tabular_learner','wgan critic'
 
 families = {
@@ -83,27 +101,36 @@ families = {
 def _flat(y):
     "All tensors in an output, whatever it is made of"
     if torch.is_tensor(y): return [y]
-    return [t for o in (y.values() if isinstance(y, dict) else y) for t in _flat(o)]
+    if isinstance(y, dict): y = y.values()
+    return [t for o in y for t in _flat(o)]
 
 def _boxes(x):
     "Targets of a detector: a box an image"
-    return [dict(boxes=torch.tensor([[8.,8.,40.,40.]]), labels=torch.tensor([1])) for _ in x]
+    box = [8.,8.,40.,40.]
+    return [dict(boxes=torch.tensor([box]), labels=torch.tensor([1]))
+        for _ in x]
 
 def trains(
     model, # With running norms
     x, # Its inputs, a tensor or a tuple; the first sample is taken
 )->bool: # Are gradients and weights finite, and has each norm seen one sample, if it has seen any?
     "A step of training with one sample a batch"
-    one = [t[:1] for t in (x if isinstance(x, tuple) else (x,))]
+    xs = x if isinstance(x, tuple) else (x,)
+    one = [t[:1] for t in xs]
     if 'RCNN' in type(model).__name__: one.append(_boxes(one[0]))
     opt = torch.optim.SGD(model.train().parameters(), 1e-3)
     set_batch_size(model, 1) # as the callbacks do, for those that have tokens in rows
     for m in running_norms(model): m.samples_seen.zero_()
-    sum(t.float().square().mean() for t in _flat(model(*one)) if t.is_floating_point()).backward()
+    outs = _flat(model(*one))
+    losses = [t.float().square().mean() for t in outs
+        if t.is_floating_point()]
+    sum(losses).backward()
     opt.step()
-    tensors = [t for p in model.parameters() for t in (p,p.grad) if t is not None]
+    tensors = [t for p in model.parameters()
+        for t in (p,p.grad) if t is not None]
     seen = {m.samples_seen.item() for m in running_norms(model)}
-    return all(t.isfinite().all() for t in tensors) and 1 in seen and seen<={0,1}
+    finite = all(t.isfinite().all() for t in tensors)
+    return finite and 1 in seen and seen<={0,1}
 
 @torch.no_grad()
 def there_and_back(
@@ -112,19 +139,26 @@ def there_and_back(
     "Convert a model of a family and back: what was converted, and did evaluation stay the same?"
     torch.manual_seed(0)
     model,x = families[name]()
-    bns = [m for m in model.eval().modules() if isinstance(m, _BatchNorm)]
+    bns = [m for m in model.eval().modules()
+        if isinstance(m, _BatchNorm)]
     for m in bns: # as if it was trained
         m.running_mean.normal_(0, .1)
         m.running_var.uniform_(.8, 1.2)
         m.num_batches_tracked.fill_(100)
-    run = partial(model, *x) if isinstance(x, tuple) else partial(model, x)
-    types,first = [type(m) for m in model.modules()],_flat(run())
+    xs = x if isinstance(x, tuple) else (x,)
+    run = partial(model, *xs)
+    types = [type(m) for m in model.modules()]
+    first = _flat(run())
     report = to_runbn(model, dry_run=True)
     if bns: to_runbn(model)
-    after,second = surgery_report(model),_flat(run())
+    after = surgery_report(model)
+    second = _flat(run())
     back = [type(m) for m in to_bn(model).modules()]
     outputs = zip(first, second, _flat(run()))
-    same = all(torch.equal(a, b) and torch.equal(a, c) for a,b,c in outputs)
-    kinds = ', '.join(dict.fromkeys(type(m).__name__ for m in bns)) or 'none'
-    return dict(model=name, norms=len(bns), kinds=kinds, converted=len(after.running),
-        left_alone=len(after.left_alone), others=dict(report.others), bit_equal=same and back==types)
+    same = all(torch.equal(a, b) and torch.equal(a, c)
+        for a,b,c in outputs)
+    kinds = dict.fromkeys(type(m).__name__ for m in bns)
+    kinds = ', '.join(kinds) or 'none'
+    return dict(model=name, norms=len(bns), kinds=kinds,
+        converted=len(after.running), left_alone=len(after.left_alone),
+        others=dict(report.others), bit_equal=same and back==types)

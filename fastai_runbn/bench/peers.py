@@ -29,15 +29,21 @@ class BatchRenormMixin:
         r_end:int=40_000, # Step at which r's limit is there, having grown evenly from 1
         d_end:int=25_000, # Step at which d's limit is there, having grown evenly from 0
     ):
-        if not track_running_stats: raise ValueError(f"{type(self).__name__}: track_running_stats=False, but it normalises with running statistics; leave it True.")
+        if not track_running_stats:
+            raise ValueError(f"{type(self).__name__}: track_running_stats=False, "
+                "but it normalises with running statistics; leave it True.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device,
             dtype=dtype)
-        self.r_max,self.d_max,self.start,self.r_end,self.d_end = r_max,d_max,start,r_end,d_end
+        self.r_max,self.d_max,self.start = r_max,d_max,start
+        self.r_end,self.d_end = r_end,d_end
 
     def limits(self)->tuple: # `r_max` and `d_max` of this step, tensors
         "How far r and d may go after the steps so far"
-        def opened(end): return ((self.num_batches_tracked-self.start).to(self.running_var)/max(end-self.start, 1)).clamp(0, 1)
-        return 1+(self.r_max-1)*opened(self.r_end), self.d_max*opened(self.d_end)
+        steps = (self.num_batches_tracked-self.start).to(self.running_var)
+        def opened(end): return (steps/max(end-self.start, 1)).clamp(0, 1)
+        r_max = 1+(self.r_max-1)*opened(self.r_end)
+        d_max = self.d_max*opened(self.d_end)
+        return r_max,d_max
 
     def forward(self,
         x:Tensor, # Activations, `(N,C,*)`
@@ -46,26 +52,35 @@ class BatchRenormMixin:
         if not self.training: return super().forward(x)
         self._check_input_dim(x)
         r,d = self._correct(x)
-        w,b = (r,d) if self.weight is None else (self.weight*r, self.weight*d+self.bias)
-        return F.batch_norm(x, None, None, w, b, training=True, momentum=0., eps=self.eps)
+        w,b = r,d
+        if self.weight is not None:
+            w,b = self.weight*r,self.weight*d+self.bias
+        return F.batch_norm(x, None, None, w, b,
+            training=True, momentum=0., eps=self.eps)
 
     @torch.no_grad()
     def _correct(self, x):
         "r and d of a batch, which is averaged in after"
         m,v,_ = batch_moments(x)
-        mean,sd,sd_b = self.running_mean,(self.running_var+self.eps).sqrt(),(v+self.eps).sqrt()
+        mean = self.running_mean
+        sd = (self.running_var+self.eps).sqrt()
+        sd_b = (v+self.eps).sqrt()
         self.num_batches_tracked.add_(1)
         r_max,d_max = self.limits()
-        r,d = (sd_b/sd).clamp(1/r_max, r_max), ((m-mean)/sd).clamp(-d_max, d_max)
+        r = (sd_b/sd).clamp(1/r_max, r_max)
+        d = ((m-mean)/sd).clamp(-d_max, d_max)
         mean.lerp_(m.to(mean), self.momentum)
-        self.running_var.copy_(sd.lerp(sd_b.to(sd), self.momentum)**2-self.eps)
+        sd_new = sd.lerp(sd_b.to(sd), self.momentum)
+        self.running_var.copy_(sd_new**2-self.eps)
         return r.to(sd),d.to(sd)
 
 # %% ../../nbs/12_bench.peers.ipynb #54f8561f
 class BatchRenorm1d(BatchRenormMixin, nn.BatchNorm1d):
     "Batch renormalization (Ioffe, 2017) for `(N,C)` and `(N,C,L)`; as `BatchRenorm2d`"
-class BatchRenorm2d(BatchRenormMixin, nn.BatchNorm2d): "Batch renormalization (Ioffe, 2017) for `(N,C,H,W)`"
-class BatchRenorm3d(BatchRenormMixin, nn.BatchNorm3d): "Batch renormalization (Ioffe, 2017) for `(N,C,D,H,W)`; as `BatchRenorm2d`"
+class BatchRenorm2d(BatchRenormMixin, nn.BatchNorm2d):
+    "Batch renormalization (Ioffe, 2017) for `(N,C,H,W)`"
+class BatchRenorm3d(BatchRenormMixin, nn.BatchNorm3d):
+    "Batch renormalization (Ioffe, 2017) for `(N,C,D,H,W)`; as `BatchRenorm2d`"
 
 # %% ../../nbs/12_bench.peers.ipynb #030d3735
 class _MABN(Function):
@@ -74,24 +89,32 @@ class _MABN(Function):
     def forward(ctx, x, weight, bias, rchi, r, recent_psi, turn, averaged):
         ctx.save_for_backward(x, weight, rchi, r, turn, averaged)
         ctx.recent_psi = recent_psi
-        return torch.addcmul(_per_channel(bias, x), x, _per_channel(weight*r*rchi, x)).to(x.dtype)
+        w = _per_channel(weight*r*rchi, x)
+        b = _per_channel(bias, x)
+        return torch.addcmul(b, x, w).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
         x,weight,rchi,r,turn,averaged = ctx.saved_tensors
         dims = [d for d in range(x.ndim) if d!=1]
-        dyx,dbias = (dy*x).sum(dims, dtype=rchi.dtype)*rchi, dy.sum(dims, dtype=rchi.dtype)
-        psi = weight*r*dyx/(x.numel()//x.shape[1])
+        dyx = (dy*x).sum(dims, dtype=rchi.dtype)*rchi
+        dbias = dy.sum(dims, dtype=rchi.dtype)
+        n = x.numel()//x.shape[1]
+        psi = weight*r*dyx/n
         psi = _recent_mean(ctx.recent_psi, psi, turn, averaged)
-        dx = dy*_per_channel(weight*r*rchi, x) - x*_per_channel(psi*rchi*rchi, x)
+        w = _per_channel(weight*r*rchi, x)
+        dx = dy*w - x*_per_channel(psi*rchi*rchi, x)
         return dx.to(x.dtype), r*dyx, dbias, None, None, None, None, None
 
 # %% ../../nbs/12_bench.peers.ipynb #dace0ae8
-def _per_channel(t, x): return t.view(1, -1, *(1,)*(x.ndim-2))
+def _per_channel(t, x):
+    ones = (1,)*(x.ndim-2)
+    return t.view(1, -1, *ones)
 
 def _recent_mean(recent, new, turn, averaged):
-    "Write `new` `(C,)` into its `turn` of the ring `recent` `(window,C)`; the ring's mean, or `new` alone while not yet `averaged`"
+    "Write `new` `(C,)` into its `turn` of the ring `recent` `(window,C)`; the ring's mean"
     recent.index_copy_(0, turn, new[None].to(recent))
+    # while not yet `averaged`, `new` alone
     return torch.where(averaged, recent.mean(0), new)
 
 # %% ../../nbs/12_bench.peers.ipynb #fb4dd059
@@ -110,11 +133,16 @@ class MABNMixin:
         warmup:int=100, # Steps with the statistics of the batch alone
         r_start:int=1000, # Steps with r=1
     ):
-        if not track_running_stats: raise ValueError(f"{type(self).__name__}: track_running_stats=False, but it normalises with running statistics; leave it True.")
+        if not track_running_stats:
+            raise ValueError(f"{type(self).__name__}: track_running_stats=False, "
+                "but it normalises with running statistics; leave it True.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device,
             dtype=dtype)
-        self.window,self.r_max,self.warmup,self.r_start = window,r_max,warmup,r_start
-        for name in ('recent_chi2','recent_psi'): self.register_buffer(name, self.running_var.new_zeros(window, num_features))
+        self.window,self.r_max = window,r_max
+        self.warmup,self.r_start = warmup,r_start
+        for name in ('recent_chi2','recent_psi'):
+            ring = self.running_var.new_zeros(window, num_features)
+            self.register_buffer(name, ring)
 
     def forward(self,
         x:Tensor, # Activations, `(N,C,*)`, of mean zero or near it
@@ -122,26 +150,34 @@ class MABNMixin:
         "Divide by the root of the averaged second moment; in evaluation by that of the exponential average"
         if not self.training: return super().forward(x)
         self._check_input_dim(x)
-        w,b = (torch.ones_like(self.running_var),torch.zeros_like(self.running_var)) if self.weight is None else (self.weight,self.bias)
+        w,b = self.weight,self.bias
+        if w is None:
+            w = torch.ones_like(self.running_var)
+            b = torch.zeros_like(self.running_var)
         return _MABN.apply(x, w, b, *self._averages(x))
 
     @torch.no_grad()
     def _averages(self, x):
         "1/χ, r, the ring of Ψ, whose turn it is in it, and whether rings are averaged yet"
         t = self.num_batches_tracked.add_(1)
-        turn,averaged = (t%self.window)[None], t>max(self.window, self.warmup)
+        turn = (t%self.window)[None]
+        averaged = t>max(self.window, self.warmup)
         m,v,_ = batch_moments(x)
         chi2 = _recent_mean(self.recent_chi2, v+m*m, turn, averaged)
-        limit = 1+(self.r_max-1)*(t>max(self.r_start, self.warmup)).to(chi2)
-        r = ((chi2+self.eps)/(self.running_var+self.eps)).sqrt().clamp(1/limit, limit)
+        started = t>max(self.r_start, self.warmup)
+        limit = 1+(self.r_max-1)*started.to(chi2)
+        r = ((chi2+self.eps)/(self.running_var+self.eps)).sqrt()
+        r = r.clamp(1/limit, limit)
         self.running_var.lerp_(chi2.to(self.running_var), self.momentum)
         return (chi2+self.eps).rsqrt(), r, self.recent_psi, turn, averaged
 
 # %% ../../nbs/12_bench.peers.ipynb #c077371e
 class MABN1d(MABNMixin, nn.BatchNorm1d):
     "Moving average batch norm (Yan et al., 2020) for `(N,C)` and `(N,C,L)`; as `MABN2d`"
-class MABN2d(MABNMixin, nn.BatchNorm2d): "Moving average batch norm (Yan et al., 2020) for `(N,C,H,W)`; convolutions before it should be centred (`CenConv2d`)"
-class MABN3d(MABNMixin, nn.BatchNorm3d): "Moving average batch norm (Yan et al., 2020) for `(N,C,D,H,W)`; as `MABN2d`"
+class MABN2d(MABNMixin, nn.BatchNorm2d):
+    "Moving average batch norm (Yan et al., 2020) for `(N,C,H,W)`; convolutions before it should be centred (`CenConv2d`)"
+class MABN3d(MABNMixin, nn.BatchNorm3d):
+    "Moving average batch norm (Yan et al., 2020) for `(N,C,D,H,W)`; as `MABN2d`"
 
 # %% ../../nbs/12_bench.peers.ipynb #72fcd89d
 def centre_weight(
@@ -166,7 +202,9 @@ def centre_convs(
 )->nn.Module: # `model` itself
     "Centre all `nn.Conv1d/2d/3d` of exactly these classes but depthwise ones, which could not blur"
     for m in model.modules():
-        if type(m) in _centred and not (m.groups>1 and m.weight.shape[1]==1): m.__class__ = _centred[type(m)]
+        if type(m) not in _centred: continue
+        depthwise = m.groups>1 and m.weight.shape[1]==1
+        if not depthwise: m.__class__ = _centred[type(m)]
     return model
 
 # %% ../../nbs/12_bench.peers.ipynb #231f5a13
@@ -179,9 +217,15 @@ def use_norm(
     "Put `make(C)` in the place of each BatchNorm of `model`, on its device; timm's `BatchNormAct2d` keep their activation"
     made = {}
     def fresh(m):
-        norm = make(m.num_features).to(next((t.device for t in (*m.parameters(),*m.buffers())), None))
-        norm.load_state_dict({k:v for k,v in m.state_dict().items() if k in keep and k in norm.state_dict()}, strict=False)
-        return norm.train(m.training) if type(m) in old else nn.Sequential(norm, m.drop, m.act).train(m.training)
+        tensors = *m.parameters(),*m.buffers()
+        device = next((t.device for t in tensors), None)
+        norm = make(m.num_features).to(device)
+        has = norm.state_dict()
+        state = {k:v for k,v in m.state_dict().items()
+            if k in keep and k in has}
+        norm.load_state_dict(state, strict=False)
+        if type(m) not in old: norm = nn.Sequential(norm, m.drop, m.act)
+        return norm.train(m.training)
     def visit(m):
         if type(m) in old or type(m).__name__=='BatchNormAct2d':
             if m not in made: made[m] = fresh(m)
@@ -190,5 +234,8 @@ def use_norm(
             if child is not None: m._modules[name] = visit(child)
         return m
     model = visit(model)
-    if not made: raise ValueError(f"{type(model).__name__} has no norm to replace: layers of exactly {', '.join(o.__name__ for o in old)} were expected.")
+    if not made:
+        classes = ', '.join(o.__name__ for o in old)
+        raise ValueError(f"{type(model).__name__} has no norm to replace: "
+            f"layers of exactly {classes} were expected.")
     return model
