@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim.swa_utils import update_bn
-from fastai.basics import Callback,Learner,OptimWrapper,SGD,accuracy,no_random,set_seed,trainable_params
+from fastai.basics import Callback,Learner,OptimWrapper,SGD,accuracy
+from fastai.basics import no_random,set_seed,trainable_params
 from fastai.callback.hook import hook_outputs
 from fastai.callback.schedule import ParamScheduler # noqa: gives Learner its fit_one_cycle
 from fastai.callback.tracker import TerminateOnNaNCallback
@@ -53,7 +54,9 @@ def _batch_norm(model, steps, momentum=.1):
         if isinstance(m, _BatchNorm): m.momentum = momentum
     return ()
 
-def _groups(C): return max(g for g in range(1, max(1, C//8)+1) if C%g==0)
+def _groups(C):
+    most = max(1, C//8)
+    return max(g for g in range(1, most+1) if C%g==0)
 
 def _make_group_norm(C): return nn.GroupNorm(_groups(C), C)
 
@@ -69,12 +72,17 @@ def _instance_norm(model, steps):
 def _standardise(model, steps):
     from timm.layers import StdConv2d
     for m in model.modules():
-        if type(m) is nn.Conv2d: m.__class__,m.eps = StdConv2d,1e-6
+        if type(m) is nn.Conv2d:
+            m.__class__ = StdConv2d
+            m.eps = 1e-6
     return _group_norm(model, steps)
 
 def _batch_renorm(model, steps):
     norm = _for_ndim(model, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d)
-    use_norm(model, lambda C: norm(C, start=round(.04*steps), r_end=round(.3*steps), d_end=round(.2*steps)), keep=('weight','bias','running_mean','running_var'))
+    when = dict(start=round(.04*steps),
+        r_end=round(.3*steps), d_end=round(.2*steps))
+    kept = 'weight','bias','running_mean','running_var'
+    use_norm(model, partial(norm, **when), keep=kept)
     return ()
 
 def _mabn(model, steps, centred=True):
@@ -110,7 +118,8 @@ class KeepMeans(Callback):
     "The filters of convolutions keep their means, by the rule of `RunBNCallback`, under any norm"
     run_valid = False
     def before_fit(self):
-        norms = [n for n,m in self.model.named_modules() if isinstance(m, (_NormBase,nn.GroupNorm))]
+        kinds = _NormBase,nn.GroupNorm
+        norms = [n for n,m in self.model.named_modules() if isinstance(m, kinds)]
         self.means = FilterMeans(self.model, norms)
     def before_step(self): self.means.before_step()
     def after_step(self): self.means.after_step()
@@ -132,16 +141,20 @@ class KeepDrawn(KeepMeans):
     def before_fit(self):
         super().before_fit()
         for key,(w,_,nonzero) in self.means.filters.items():
-            drawn = w.detach().mean([*range(1, w.ndim)], keepdim=True)
+            axes = [*range(1, w.ndim)]
+            drawn = w.detach().mean(axes, keepdim=True)
             self.means.filters[key] = KeptMean(w, drawn, nonzero)
 
 @torch.no_grad()
 def _on_small_maps(model, size=32, most=4):
     "Names of norms whose maps have at most so many positions, with images `size` pixels a side"
-    names,norms = zip(*((n,m) for n,m in model.named_modules() if isinstance(m, _BatchNorm)))
-    with hook_outputs(norms) as hooks: model.eval()(torch.zeros(1, 3, size, size))
+    found = [(n,m) for n,m in model.named_modules() if isinstance(m, _BatchNorm)]
+    names,norms = zip(*found)
+    with hook_outputs(norms) as hooks:
+        model.eval()(torch.zeros(1, 3, size, size))
     model.train()
-    return [n for n,out in zip(names, hooks.stored) if out[0,0].numel()<=most]
+    positions = [out[0,0].numel() for out in hooks.stored]
+    return [n for n,p in zip(names, positions) if p<=most]
 
 def _mixed(model, steps):
     for n in _on_small_maps(model):
@@ -229,18 +242,21 @@ _momentum = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, fused=True)
 def _pretrained(data):
     "The ResNet with BatchNorm trained on five of the ten classes, 64 at a time"
     with no_random():
-        learn = Learner(photos_dls(data, 64, classes=range(5)), small_resnet(n_out=5), opt_func=_adam)
+        dls = photos_dls(data, 64, classes=range(5))
+        learn = Learner(dls, small_resnet(n_out=5), opt_func=_adam)
         with learn.no_bar(),learn.no_logging(): learn.fit_one_cycle(6, 3e-3)
     return learn.model.cpu()
 
 def _new_head(data):
     "The pretrained body with a new head"
-    return nn.Sequential(deepcopy(_pretrained(data)[0]), small_resnet(n_out=5)[1])
+    body = deepcopy(_pretrained(data)[0])
+    return nn.Sequential(body, small_resnet(n_out=5)[1])
 
 # %% ../../nbs/12_bench.quality.ipynb #0c22daa3
 def _densenet():
     from torchvision.models import DenseNet
-    return DenseNet(growth_rate=12, block_config=(3,3,3), num_init_features=24, num_classes=10)
+    return DenseNet(growth_rate=12, block_config=(3,3,3),
+        num_init_features=24, num_classes=10)
 
 def _mobilenet():
     from timm import create_model
@@ -252,7 +268,8 @@ class LabelDice(DiceMulti):
     "Mean Dice coefficient of all classes but 0, the background"
     @property
     def value(self):
-        scores = [2*self.inter[c]/self.union[c] for c in self.inter if c and self.union[c]]
+        there = [c for c in self.inter if c and self.union[c]]
+        scores = [2*self.inter[c]/self.union[c] for c in there]
         return sum(scores)/max(1, len(scores))
 
 class RoadIoU(JaccardCoeffMulti):
@@ -268,9 +285,11 @@ class BoxMAP(Metric):
         from torchmetrics.detection import MeanAveragePrecision
         self.found = MeanAveragePrecision()
     def accumulate(self, learn):
-        pred,targ = [[b[b[:,4]>0].cpu() for b in o] for o in (learn.pred,learn.y)]
-        self.found.update([dict(boxes=b[:,:4], labels=b[:,4].long(), scores=b[:,5]) for b in pred],
-            [dict(boxes=b[:,:4], labels=b[:,4].long()) for b in targ])
+        def there(boxes): return [b[b[:,4]>0].cpu() for b in boxes]
+        def named(b): return dict(boxes=b[:,:4], labels=b[:,4].long())
+        pred = [dict(**named(b), scores=b[:,5]) for b in there(learn.pred)]
+        targ = [named(b) for b in there(learn.y)]
+        self.found.update(pred, targ)
     @property
     def value(self): return self.found.compute()['map'].item()
     @property
@@ -286,17 +305,21 @@ _mobile = (*_axes,'ours, GroupNorm on small maps')
 _in_use = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours' # on backbones
 _tried = tuple(variants)[:-2] # the last two are for small maps and for R4
 
-_lesson = dict(model=lambda data: lesson10_convnet(), opt=SGD, rates=(.03,.1,.4), sizes=(2,1,32,8,4))
-_resnet = dict(model=lambda data: small_resnet(), loaders=partial(_photos, 3750), train=_one_cycle,
-    data='images')
+_lesson = dict(model=lambda data: lesson10_convnet(), opt=SGD,
+    rates=(.03,.1,.4), sizes=(2,1,32,8,4))
+_resnet = dict(model=lambda data: small_resnet(),
+    loaders=partial(_photos, 3750), train=_one_cycle, data='images')
 _adam_cycle = dict(opt=_adam, train=_one_cycle)
-_others = dict(_adam_cycle, rates=(1e-3,3e-3,1e-2), sizes=(2,32), norms=_main, variants=_axes)
+_others = dict(_adam_cycle, rates=(1e-3,3e-3,1e-2),
+    sizes=(2,32), norms=_main, variants=_axes)
 _photographs = dict(_others, loaders=partial(_photos, 1500), data='images')
 _clothes = dict(_photographs, by_name=True)
-_volumes = dict(_others, loaders=lambda bs, data: volumes_dls(data, bs), sizes=(1,2,8),
-    norms=(*_no_ws,'InstanceNorm'), variants=(*_kept_means,'ours, filters free'), data='volumes',
-    metric=LabelDice())
-_backbone = dict(_adam_cycle, rates=(3e-4,1e-3,3e-3), sizes=(1,2,8), norms=_in_use, data='roads')
+_volumes = dict(_others, loaders=lambda bs, data: volumes_dls(data, bs),
+    sizes=(1,2,8), norms=(*_no_ws,'InstanceNorm'),
+    variants=(*_kept_means,'ours, filters free'),
+    data='volumes', metric=LabelDice())
+_backbone = dict(_adam_cycle, rates=(3e-4,1e-3,3e-3),
+    sizes=(1,2,8), norms=_in_use, data='roads')
 
 # %% ../../nbs/12_bench.quality.ipynb #69dd930f
 _fine_tuned = ('BatchNorm','BatchNorm, momentum .01','BatchNorm, recomputed','BatchNorm, frozen',
@@ -437,9 +460,13 @@ _key = 'regime','norm','bs','lr','seed'
 def _losses(learn, bs, n=256):
     "Loss on `n` validation images, the same ones always, in evaluation mode, and in training mode, a batch of `bs` at a time"
     tensors = learn.dls.valid_ds.tensors
-    some = torch.randperm(len(tensors[0]), generator=torch.Generator().manual_seed(42))[:n] # they may lie in order of their classes
+    g = torch.Generator().manual_seed(42)
+    some = torch.randperm(len(tensors[0]), generator=g)[:n] # they may lie in order of their classes
     x,y = [t[some] for t in tensors]
-    def loss(model, bs): return float(torch.stack([learn.loss_func(model(a), b) for a,b in zip(x.split(bs), y.split(bs))]).mean())
+    def loss(model, bs):
+        batches = zip(x.split(bs), y.split(bs))
+        losses = [learn.loss_func(model(a), b) for a,b in batches]
+        return float(torch.stack(losses).mean())
     model = deepcopy(learn.model.cpu()).eval()
     before = loss(model, 64)
     return before,loss(model.train(), bs)
@@ -452,7 +479,8 @@ class _Scores(Callback):
     def __init__(self): self.values = []
     def after_epoch(self):
         value = self.learn.recorder.metrics[-1].value
-        if value is not None: self.values.append(float(value)) # None: a NaN has ended training before the validation
+        # None: a NaN has ended training before the validation
+        if value is not None: self.values.append(float(value))
 
 # %% ../../nbs/12_bench.quality.ipynb #604f3540
 _too_few = 'more than 1 value per channel','more than 1 spatial element' # in errors of norms
@@ -469,9 +497,11 @@ def make_learner(
     r = regimes[regime]
     set_seed(seed)
     model,dls = r.model(data),r.loaders(bs, data)
-    cbs = [*contenders[norm](model, len(dls.train)*(epochs or r.epochs)), TerminateOnNaNCallback()]
+    steps = len(dls.train)*(epochs or r.epochs)
+    cbs = [*contenders[norm](model, steps), TerminateOnNaNCallback()]
     if r.accumulate: cbs.append(GradientAccumulation(r.accumulate))
-    return Learner(dls, model, metrics=r.metric, opt_func=r.opt, splitter=r.splitter, cbs=cbs)
+    return Learner(dls, model, metrics=r.metric,
+        opt_func=r.opt, splitter=r.splitter, cbs=cbs)
 
 def trial(
     regime:str, # Of `regimes`
@@ -483,7 +513,10 @@ def trial(
     epochs:int=None, # Default: those of the regime
 )->dict: # The arguments; `score` in the end, `curve` of scores after each epoch, validation `loss`, `gap` of losses, `seconds`, `note`
     "Train one net with one norm"
-    row,start = dict(regime=regime, norm=norm, bs=bs, lr=lr, seed=seed, score=None, curve=[], loss=None, gap=None, seconds=None, note=''),time.perf_counter()
+    row = dict(regime=regime, norm=norm, bs=bs, lr=lr, seed=seed,
+        score=None, curve=[], loss=None, gap=None,
+        seconds=None, note='')
+    start = time.perf_counter()
     learn = make_learner(regime, norm, bs, seed, data, epochs)
     scores = _Scores()
     learn.add_cb(scores)
@@ -499,7 +532,8 @@ def trial(
     if not regimes[regime].boxes:
         own,train_mode = _losses(learn, bs)
         note = '' if math.isfinite(own) else 'diverged'
-        row.update(loss=_finite(loss), gap=_finite(own-train_mode), note=note)
+        gap = _finite(own-train_mode)
+        row.update(loss=_finite(loss), gap=gap, note=note)
     return dict(row, seconds=round(time.perf_counter()-start, 1))
 
 # %% ../../nbs/12_bench.quality.ipynb #9320cf70
@@ -508,8 +542,10 @@ def load_quality(
 )->pd.DataFrame: # Rows of `trial`
     "Read the rows of a study"
     path = Path(path)
-    rows = [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
-    return pd.DataFrame(rows, columns=[*_key,'score','curve','loss','gap','seconds','note'])
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(l) for l in lines]
+    columns = [*_key,'score','curve','loss','gap','seconds','note']
+    return pd.DataFrame(rows, columns=columns)
 
 def due(
     done:pd.DataFrame, # Rows so far
@@ -520,41 +556,54 @@ def due(
     near:float=.05, # Further seeds are for those that come so near to the best, with the first
 )->list: # Arguments of `trial`, dicts
     "The trials that are to be run and can be, now"
-    have,todo = {*map(tuple, done[list(_key)].values.tolist())},[]
+    have = {*map(tuple, done[list(_key)].values.tolist())}
+    todo = []
     for name in names:
         r = regimes[name]
-        chosen = [n for n in (*r.norms,*r.variants) if re.search(norms, n)]
-        for bs,seed,norm in itertools.product(sizes or r.sizes, range(seeds), chosen):
+        all_norms = *r.norms,*r.variants
+        chosen = [n for n in all_norms if re.search(norms, n)]
+        settings = itertools.product(sizes or r.sizes, range(seeds), chosen)
+        for bs,seed,norm in settings:
             if bs!=r.sizes[0] and norm in r.variants: continue
             rates = r.rates
             if seed and not (r.every_rate and bs==r.sizes[0]):
                 rivals = [norm, *[n for n in chosen if n in r.norms]]
                 here = done[(done.regime==name) & (done.bs==bs)]
                 rates = _next_rates(here, rates, norm, rivals, near)
-            todo += [t for lr in rates if tuple((t := dict(zip(_key, (name,norm,bs,lr,seed)))).values()) not in have]
+            for lr in rates:
+                t = name,norm,bs,lr,seed
+                if t not in have: todo.append(dict(zip(_key, t)))
     return todo
 
 # %% ../../nbs/12_bench.quality.ipynb #81b2c6a6
-def _at(df, regime, norm, bs): return df[(df.regime==regime) & (df.norm==norm) & (df.bs==bs)]
+def _at(df, regime, norm, bs):
+    df = df[(df.regime==regime) & (df.bs==bs)]
+    return df[df.norm==norm]
+
 def best_rate(df):
     "The rate of the best mean, of those with the most seeds"
-    scores = df.assign(score=pd.to_numeric(df.score).fillna(-1)).groupby('lr').score.agg(['size','mean'])
-    return float(scores[scores['size']==scores['size'].max()]['mean'].idxmax())
+    scores = df.assign(score=pd.to_numeric(df.score).fillna(-1))
+    scores = scores.groupby('lr').score.agg(['size','mean'])
+    most = scores[scores['size']==scores['size'].max()]
+    return float(most['mean'].idxmax())
 
-def _at_best(rows): return pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
+def _at_best(rows):
+    return pd.concat([g[g.lr==best_rate(g)] for _,g in rows.groupby('bs')])
 
 def _next_rates(done, rates, norm, rivals, near):
     "The rate at which `norm` gets further seeds: the best with the first, if its rivals have that"
     first = done[done.seed==0]
     counts = first.groupby('norm').size().reindex(rivals, fill_value=0)
     if (counts<len(rates)).any(): return []
-    best = first.assign(score=pd.to_numeric(first.score)).groupby('norm').score.max()
+    scores = first.assign(score=pd.to_numeric(first.score))
+    best = scores.groupby('norm').score.max()
     if not best[norm]>=best.max()-near: return []
     return [best_rate(first[first.norm==norm])]
 
 # %% ../../nbs/12_bench.quality.ipynb #84d63b62
 def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the process that has started this one
+    # Ctrl-C is for the process that has started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 @contextmanager
@@ -575,7 +624,8 @@ def _rows(todo, jobs, **kwargs):
     else:
         pool = ProcessPoolExecutor(jobs, get_context('spawn'), _start_worker)
         try:
-            with _quietly(): futures = [pool.submit(trial, **t, **kwargs) for t in todo]
+            with _quietly():
+                futures = [pool.submit(trial, **t, **kwargs) for t in todo]
             for future in as_completed(futures): yield future.result()
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
@@ -593,7 +643,8 @@ def bench_quality(
 )->pd.DataFrame: # All rows in the file
     "Run the trials that are due, and write each result to `path` at once"
     while todo := due(load_quality(path), names, seeds, norms, sizes):
-        for left,row in zip(range(len(todo)-1, -1, -1), _rows(todo, jobs, data=data, epochs=epochs)):
+        counts = range(len(todo)-1, -1, -1)
+        for left,row in zip(counts, _rows(todo, jobs, data=data, epochs=epochs)):
             with open(path, 'a') as f: f.write(json.dumps(row)+'\n')
             if report: report(row, left)
     return load_quality(path)
@@ -611,8 +662,10 @@ def score_table(
         return f'{best.mean():.3f}{spread} ({best_rate(g):g})'
     df = df[df.regime==regime]
     cells = {k:cell(g) for k,g in df.groupby(['norm','bs'])}
-    norms,sizes = [n for n in contenders if n in set(df.norm)],sorted(set(df.bs))
-    return pd.DataFrame({f'bs {b}':[cells.get((n,b), '') for n in norms] for b in sizes}, index=pd.Index(norms, name=regime))
+    norms = [n for n in contenders if n in set(df.norm)]
+    columns = {f'bs {b}':[cells.get((n,b), '') for n in norms]
+        for b in sorted(set(df.bs))}
+    return pd.DataFrame(columns, index=pd.Index(norms, name=regime))
 
 def rate_table(
     df:pd.DataFrame, # Rows of `trial`
@@ -621,9 +674,12 @@ def rate_table(
     value:str='score', # Or 'loss', 'gap', 'seconds'
 )->pd.DataFrame: # A row a contender, a column a learning rate
     "Means over seeds by learning rate"
-    df = df[(df.regime==regime) & (df.bs==(bs or regimes[regime].sizes[0]))]
-    table = df.assign(value=pd.to_numeric(df[value])).pivot_table(index='norm', columns='lr', values='value')
-    return table.reindex([n for n in contenders if n in table.index]).rename_axis(index=regime)
+    bs = bs or regimes[regime].sizes[0]
+    df = df[(df.regime==regime) & (df.bs==bs)]
+    df = df.assign(value=pd.to_numeric(df[value]))
+    table = df.pivot_table(index='norm', columns='lr', values='value')
+    norms = [n for n in contenders if n in table.index]
+    return table.reindex(norms).rename_axis(index=regime)
 
 def means_table(
     df:pd.DataFrame, # Rows of `trial`
@@ -633,8 +689,11 @@ def means_table(
     "Mean scores over seeds, each norm at its best learning rate, norms side by side"
     def mean(regime, norm, bs):
         rows = _at(df, regime, norm, bs or regimes[regime].sizes[0])
-        return _at_best(rows).score.astype(float).mean() if rows.score.notna().any() else math.nan
-    return pd.DataFrame({k:{r:mean(r, *c) for r in names} for k,c in columns.items()})
+        if not rows.score.notna().any(): return math.nan
+        return _at_best(rows).score.astype(float).mean()
+    table = {k:{r:mean(r, *c) for r in names}
+        for k,c in columns.items()}
+    return pd.DataFrame(table)
 
 # %% ../../nbs/12_bench.quality.ipynb #cee451fa
 _looks = { # chkstyle: ignore-node, a table
@@ -656,22 +715,28 @@ def _figure(df, title, path, draw, *, xlabel, ylabel, log=None, ticks=()):
     ax = fig.subplots()
     for name,(color,marker,line) in _looks.items():
         rows = df[(df.norm==name) & df.score.notna()]
-        size = dict(lw=2.5, ms=11, zorder=3) if name=='ours' else dict(lw=1.3, ms=6, zorder=2)
-        if len(rows): draw(ax, rows, dict(color=color, marker=marker, ls=line, label=name, **size))
+        if name=='ours': size = dict(lw=2.5, ms=11, zorder=3)
+        else: size = dict(lw=1.3, ms=6, zorder=2)
+        look = dict(color=color, marker=marker, ls=line, label=name)
+        if len(rows): draw(ax, rows, {**look, **size})
     ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 85))
     if log:
         ax.set_xscale('log', base=log)
         ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
     ax.grid(lw=.4); ax.set_axisbelow(True)
-    fig.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=9)
+    lines = ax.get_legend_handles_labels()
+    fig.legend(*lines, loc='outside lower center', ncols=4, fontsize=9)
     if path: fig.savefig(path, dpi=110)
     return fig
 
 
-def _score_name(regime): return 'validation accuracy' if regimes[regime].metric is accuracy else 'mean IoU on the validation set'
+def _score_name(regime):
+    if regimes[regime].metric is accuracy: return 'validation accuracy'
+    return 'mean IoU on the validation set'
 
 def _stats(rows, by):
-    g = rows.assign(score=rows.score.astype(float)).groupby(by).score
+    rows = rows.assign(score=rows.score.astype(float))
+    g = rows.groupby(by).score
     return g.mean(),g.std(ddof=0)
 
 # %% ../../nbs/12_bench.quality.ipynb #580dbfc1
@@ -685,8 +750,9 @@ def plot_sizes(
         mean,sd = _stats(_at_best(rows), 'bs')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
     df = df[df.regime==regime]
-    return _figure(df, regimes[regime].what, path, draw, xlabel='training batch size',
-        ylabel=_score_name(regime), log=2, ticks=sorted(set(df.bs)))
+    return _figure(df, regimes[regime].what, path, draw,
+        xlabel='training batch size', ylabel=_score_name(regime),
+        log=2, ticks=sorted(set(df.bs)))
 
 def plot_rates(
     df:pd.DataFrame, # Rows of `trial`
@@ -700,7 +766,8 @@ def plot_rates(
         mean,sd = _stats(rows, 'lr')
         ax.errorbar(mean.index, mean, sd, capsize=2, **look)
     df = df[(df.regime==regime) & (df.bs==bs)]
-    return _figure(df, f'{regimes[regime].what}, batch size {bs}', path, draw, xlabel='learning rate',
+    title = f'{regimes[regime].what}, batch size {bs}'
+    return _figure(df, title, path, draw, xlabel='learning rate',
         ylabel=_score_name(regime), log=10, ticks=regimes[regime].rates)
 
 def plot_curves(
@@ -712,10 +779,13 @@ def plot_curves(
     "Score after each epoch, mean over seeds, each contender at its best rate; returns the figure"
     bs = bs or regimes[regime].sizes[0]
     def draw(ax, rows, look):
-        curves = pd.DataFrame(rows[rows.lr==best_rate(rows)].curve.tolist()).mean()
+        best = rows[rows.lr==best_rate(rows)]
+        curves = pd.DataFrame(best.curve.tolist()).mean()
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.plot(range(1, len(curves)+1), curves, **look)
-    return _figure(df[(df.regime==regime) & (df.bs==bs)], f'{regimes[regime].what}, batch size {bs}', path, draw,
+    df = df[(df.regime==regime) & (df.bs==bs)]
+    title = f'{regimes[regime].what}, batch size {bs}'
+    return _figure(df, title, path, draw,
         xlabel='epoch', ylabel=_score_name(regime))
 
 def plot_gap(
@@ -726,12 +796,14 @@ def plot_gap(
     "Loss in evaluation mode less that in training mode against batch size, each contender at its best rate; returns the figure"
     def draw(ax, rows, look):
         best = _at_best(rows)
-        gap = best.assign(gap=pd.to_numeric(best.gap)).groupby('bs').gap.mean()
+        best = best.assign(gap=pd.to_numeric(best.gap))
+        gap = best.groupby('bs').gap.mean()
         ax.plot(gap.index, gap, **look)
         ax.set_yscale('symlog', linthresh=.1)
     df = df[df.regime==regime]
-    fig = _figure(df, regimes[regime].what, None, draw, xlabel='training batch size',
-        ylabel='loss, evaluation less training mode', log=2, ticks=sorted(set(df.bs)))
+    fig = _figure(df, regimes[regime].what, None, draw,
+        xlabel='training batch size', ylabel='loss, evaluation less training mode',
+        log=2, ticks=sorted(set(df.bs)))
     fig.axes[0].axhline(0, color='black', lw=.8)
     if path: fig.savefig(path, dpi=110)
     return fig

@@ -34,7 +34,8 @@ class _ByPython(Function):
     "BatchNorm's own two operators, called by an autograd function in Python"
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var):
-        y,*saved = torch.native_batch_norm(x, weight, bias, mean, var, training=True, momentum=.1, eps=1e-5)
+        y,*saved = torch.native_batch_norm(x, weight, bias, mean, var,
+            training=True, momentum=.1, eps=1e-5)
         ctx.save_for_backward(x, weight, mean, var, *saved)
         return y
     @staticmethod
@@ -53,7 +54,9 @@ class _SyncAlone(nn.SyncBatchNorm):
         import torch.distributed as dist
         from torch.nn.modules._functions import SyncBatchNorm
         if not x.is_cuda: raise NotImplementedError('does not run on the CPU')
-        if not dist.is_initialized(): dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1)
+        if not dist.is_initialized():
+            store = dist.HashStore()
+            dist.init_process_group('nccl', store=store, rank=0, world_size=1)
         self.num_batches_tracked.add_(1)
         group = dist.group.WORLD,1 # and its size
         statistics = self.running_mean,self.running_var,self.eps,self.momentum
@@ -65,12 +68,18 @@ contenders = { # name: makes a layer of C channels for `(N,C,H,W)`, and for `(N,
     'BatchNorm by Python':(_PythonBatchNorm,_PythonBatchNorm),
     'lesson 10':(ReferenceRunningBatchNorm,ReferenceRunningBatchNorm),
     'ours':(RunningBatchNorm2d,RunningBatchNorm3d),
-    'formulas':(partial(RunningBatchNorm2d, backend='formulas'),partial(RunningBatchNorm3d, backend='formulas')),
+    'formulas':(partial(RunningBatchNorm2d, backend='formulas'),
+        partial(RunningBatchNorm3d, backend='formulas')),
     'GroupNorm':(_group_norm,_group_norm),
     'SyncBatchNorm':(_SyncAlone,_SyncAlone),
     'BatchRenorm':(BatchRenorm2d,BatchRenorm3d),
     'MABN':(MABN2d,MABN3d)}
-shapes = (2,64,16,16),(2,512,7,7),(2,64,56,56),(2,256,56,56),(4,32,128,128),(16,64,56,56),(32,256,28,28),(2,64,224,224),(1,32,32,64,64)
+shapes = (
+    (2,64,16,16),(2,512,7,7),
+    (2,64,56,56),(2,256,56,56),
+    (4,32,128,128),(16,64,56,56),
+    (32,256,28,28),(2,64,224,224),
+    (1,32,32,64,64))
 layouts = 'contiguous','channels_last'
 precisions = 'float32','bf16 autocast'
 
@@ -107,7 +116,8 @@ def _sample(f, n, device):
         t = time.perf_counter()
         for _ in range(n): f()
         return (time.perf_counter()-t)*1e3/n
-    start,end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(); start.record()
     for _ in range(n): f()
     end.record(); torch.cuda.synchronize()
@@ -125,11 +135,14 @@ def interleave(
     rng,n = random.Random(seed),{}
     for name,f in fs.items():
         for _ in range(2): f()
-        n[name] = max(1, math.ceil(sample_ms/min(_sample(f, 1, device) for _ in range(3))))
+        ms = min(_sample(f, 1, device) for _ in range(3))
+        n[name] = max(1, math.ceil(sample_ms/ms))
     collects = gc.isenabled()
     gc.collect()
     gc.disable() # or the collector strikes at random
-    def one_round(): return {k:_sample(fs[k], n[k], device) for k in rng.sample([*fs], len(fs))}
+    def one_round():
+        order = rng.sample([*fs], len(fs))
+        return {k:_sample(fs[k], n[k], device) for k in order}
     try: times = [one_round() for _ in range(rounds)]
     finally:
         if collects: gc.enable()
@@ -140,7 +153,8 @@ def keep_memory()->bool: # Was it possible?
     "Have the C library (glibc) keep freed memory for the rest of the process"
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError,AttributeError): return False
-    return all([mallopt(option, 2**30) for option in (-3,-1)])          # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    return all([mallopt(option, 2**30) for option in (-3,-1)])
 
 # %% ../../nbs/12_bench.speed.ipynb #cdeb128e
 def spread(
@@ -148,18 +162,24 @@ def spread(
     base:pd.Series, # Those of BatchNorm, the same rounds
 )->dict: # Median and quartiles of the times, and of the ratios to `base` round by round
     "A contender's times and ratios, each as median and quartiles"
-    def three(s, name): return dict(zip((name,f'{name}_low',f'{name}_high'), s.quantile([.5,.25,.75])))
+    def three(s, name):
+        names = name,f'{name}_low',f'{name}_high'
+        return dict(zip(names, s.quantile([.5,.25,.75])))
     return {**three(times, 'ms'), **three(times/base, 'ratio')}
 
 # %% ../../nbs/12_bench.speed.ipynb #3f963a1f
-_allocate = {'empty','empty_like','empty_strided','new_empty','new_empty_strided','resize_','resize_as_','set_','result_type','lift_fresh'}
+_allocate = {'empty','empty_like','empty_strided','new_empty','new_empty_strided',
+    'resize_','resize_as_','set_','result_type','lift_fresh'}
 
 def _is_work(e):
     "Is this profiler event an operation that computes something itself?"
     if e.name.startswith('## Call CompiledFxGraph'): return True
-    if not e.name.startswith('aten::') or (name:=e.name.removeprefix('aten::')) in _allocate: return False
+    if not e.name.startswith('aten::'): return False
+    name = e.name.removeprefix('aten::')
+    if name in _allocate: return False
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or any(getattr(packet, o).is_view for o in packet.overloads()): return False
+    if packet is None: return False
+    if any(getattr(packet, o).is_view for o in packet.overloads()): return False
     if name=='to' and not e.cpu_children: return False                  # there already
     return not any(map(_has_work, e.cpu_children))
 
@@ -183,7 +203,9 @@ def _counted_kernels():
     try: yield counted
     finally: cpu.kernels = lib
 
-def _activities(device): return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device=='cuda' else [])]
+def _activities(device):
+    if device=='cuda': return [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    return [ProfilerActivity.CPU]
 
 # %% ../../nbs/12_bench.speed.ipynb #fc40e2b4
 def count_ops(
@@ -194,7 +216,9 @@ def count_ops(
     with _counted_kernels() as ours, profile(activities=_activities(device)) as p:
         f()
         if device=='cuda': torch.cuda.synchronize()
-    if device=='cuda': return sum(e.device_type==DeviceType.CUDA and not e.name.startswith(('Memcpy','Memset')) for e in p.events())
+    if device=='cuda':
+        here = [e for e in p.events() if e.device_type==DeviceType.CUDA]
+        return sum(not e.name.startswith(('Memcpy','Memset')) for e in here)
     return ours.n+sum(map(_is_work, p.events()))
 
 # %% ../../nbs/12_bench.speed.ipynb #aca80e2a
@@ -212,8 +236,10 @@ def peak_memory(
     with TemporaryDirectory() as d:
         p.export_chrome_trace(f'{d}/trace.json')
         events = json.loads(Path(d, 'trace.json').read_text())['traceEvents']
-    events = sorted((e for e in events if e['name']=='[memory]'), key=lambda e: e['ts'])
-    return max(itertools.accumulate((e['args']['Bytes'] for e in events), initial=0))
+    events = [e for e in events if e['name']=='[memory]']
+    events = sorted(events, key=lambda e: e['ts'])
+    sizes = [e['args']['Bytes'] for e in events]
+    return max(itertools.accumulate(sizes, initial=0))
 
 # %% ../../nbs/12_bench.speed.ipynb #0272d567
 def copy_bandwidth(
@@ -221,8 +247,10 @@ def copy_bandwidth(
     mb:int=256, # Size of what is copied, larger than any cache
 )->float: # Bytes a second, reads and writes
     "Bandwidth of a large `copy_`, the median of 7"
-    a,b = torch.zeros(mb*2**18, device=device),torch.ones(mb*2**18, device=device)
-    ms = interleave({'copy_':lambda: b.copy_(a)}, rounds=7, device=device)['copy_'].median()
+    a = torch.zeros(mb*2**18, device=device)
+    b = torch.ones(mb*2**18, device=device)
+    times = interleave({'copy_':lambda: b.copy_(a)}, rounds=7, device=device)
+    ms = times['copy_'].median()
     return 2*a.nbytes/ms*1e3
 
 def floor_bytes(
@@ -234,32 +262,44 @@ def floor_bytes(
 
 # %% ../../nbs/12_bench.speed.ipynb #aec50203
 _part_columns = 'ms','ms_low','ms_high','ratio','ratio_low','ratio_high'
-columns = ('shape','layout','precision','threads','group','contender','part',*_part_columns,'base',
-    'ops','peak_mb','peak_ratio','roofline','path','note')
+columns = ('shape','layout','precision','threads','group','contender','part',
+    *_part_columns,'base','ops','peak_mb','peak_ratio','roofline','path','note')
 
 def _formats(layout, ndim):
-    return torch.contiguous_format if layout=='contiguous' else torch.channels_last if ndim==4 else torch.channels_last_3d
+    if layout=='contiguous': return torch.contiguous_format
+    return torch.channels_last if ndim==4 else torch.channels_last_3d
 
 def _pool(shape, layout, dtype, device):
     "Inputs and output gradients to rotate over"
     n = 1
-    if device=='cuda': n = min(64, math.ceil(2*torch.cuda.get_device_properties(0).L2_cache_size/(2*math.prod(shape)*dtype.itemsize)))
-    def new(): return (torch.randn(shape)*2+1).to(device, dtype, memory_format=_formats(layout, len(shape)))
+    if device=='cuda':
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        pair = 2*math.prod(shape)*dtype.itemsize
+        n = min(64, math.ceil(2*cache/pair))
+    fmt = _formats(layout, len(shape))
+    def new():
+        x = torch.randn(shape)*2+1
+        return x.to(device, dtype, memory_format=fmt)
     return itertools.cycle([(new().requires_grad_(),new()) for _ in range(n)])
 
 def _passes(layer, pool, precision, device):
     "Functions for the forward pass, and for forward and backward; without accumulating gradients, which would be one more addition"
-    params,auto = list(layer.parameters()),precision!='float32'
+    params = list(layer.parameters())
+    auto = precision!='float32'
     def forward():
         x,_ = next(pool)
         with torch.autocast(device, torch.bfloat16, enabled=auto): layer(x)
     def both():
         x,dy = next(pool)
-        with torch.autocast(device, torch.bfloat16, enabled=auto): y = layer(x)
+        with torch.autocast(device, torch.bfloat16, enabled=auto):
+            y = layer(x)
         return torch.autograd.grad(y, (x,*params), dy.to(y.dtype))
     return dict(forward=forward, both=both)
 
-def _reason(e): return str(e) if isinstance(e, NotImplementedError) else f"{type(e).__name__}: {next(iter(str(e).splitlines()), '')}"[:160]
+def _reason(e):
+    if isinstance(e, NotImplementedError): return str(e)
+    first = next(iter(str(e).splitlines()), '')
+    return f'{type(e).__name__}: {first}'[:160]
 
 # %% ../../nbs/12_bench.speed.ipynb #d30c64ed
 def bench_layer(
@@ -292,35 +332,45 @@ def _counted(f, device):
 def _warnings_of(said):
     "The first lines of recorded warnings"
     told = [w for w in said if issubclass(w.category, (UserWarning,RuntimeWarning))]
-    return '; '.join(dict.fromkeys(str(w.message).splitlines()[0][:160] for w in told))
+    lines = [str(w.message).splitlines()[0] for w in told]
+    return '; '.join(dict.fromkeys(l[:160] for l in lines))
 
 def _bench_layer(shape, layout, precision, threads, names, rounds, sample_ms, device, bandwidth):
     dtype = torch.float32 if precision=='float32' else torch.bfloat16
-    pool,fs,facts = _pool(shape, layout, dtype, device),{},{}
-    for name in dict.fromkeys(('BatchNorm',*(contenders if names is None else names))):
+    pool = _pool(shape, layout, dtype, device)
+    fs,facts = {},{}
+    if names is None: names = contenders
+    for name in dict.fromkeys(('BatchNorm',*names)):
         try:
-            layer = contenders[name][len(shape)-4](shape[1]).to(device).train()
+            make = contenders[name][len(shape)-4]
+            layer = make(shape[1]).to(device).train()
             parts = _passes(layer, pool, precision, device)
-            with warnings.catch_warnings(record=True) as said: parts['both'](); parts['both']()
-            facts[name] = dict(**_counted(parts['both'], device), path=str(getattr(layer, 'path', '')),
-                note=_warnings_of(said))
+            with warnings.catch_warnings(record=True) as said:
+                parts['both'](); parts['both']()
+            facts[name] = dict(**_counted(parts['both'], device),
+                path=str(getattr(layer, 'path', '')), note=_warnings_of(said))
             fs.update({(name,part):f for part,f in parts.items()})
         except Exception as e: facts[name] = dict(note=_reason(e)) # a result, too
     times = interleave(fs, rounds, sample_ms, device)
     for name in facts:
-        if (name,'both') in fs: times[name,'backward'] = times[name,'both']-times[name,'forward']
-    case = dict(shape='x'.join(map(str, shape)), layout=layout, precision=precision, threads=threads,
-        base='BatchNorm')
+        if (name,'both') in fs:
+            times[name,'backward'] = times[name,'both']-times[name,'forward']
+    case = dict(shape='x'.join(map(str, shape)), layout=layout,
+        precision=precision, threads=threads, base='BatchNorm')
     rows = []
     for name,fact in facts.items():
         row = {**case, 'contender':name, 'note':fact['note']}
-        if (name,'both') not in fs: rows.append({**row, 'part':'both'}); continue
+        if (name,'both') not in fs:
+            rows.append({**row, 'part':'both'})
+            continue
         for part in ('forward','backward','both'):
             ratios = spread(times[name,part], times['BatchNorm',part])
             rows.append({**row, 'part':part, **ratios})
         last = rows[-1]
         last.update(fact, peak_ratio=fact['peak_mb']/facts['BatchNorm']['peak_mb'])
-        if bandwidth: last['roofline'] = floor_bytes(shape, dtype.itemsize)/bandwidth*1e3/last['ms']
+        if bandwidth:
+            least = floor_bytes(shape, dtype.itemsize)/bandwidth*1e3
+            last['roofline'] = least/last['ms']
     df = pd.DataFrame(rows).reindex(columns=columns)
     df['group'] = group_of(case['shape'], layout)
     return df
@@ -347,7 +397,8 @@ def bench_layers(
     **kwargs # Of `bench_layer`
 )->pd.DataFrame: # Of `columns`
     "Time one case after the other"
-    return _each(bench_layer, layer_cases() if cases is None else cases, report, kwargs)
+    if cases is None: cases = layer_cases()
+    return _each(bench_layer, cases, report, kwargs)
 
 # %% ../../nbs/12_bench.speed.ipynb #92998eee
 def _each(bench, cases, report, kwargs):
@@ -355,11 +406,14 @@ def _each(bench, cases, report, kwargs):
     for case in cases:
         done.append(bench(*case, **kwargs))
         if report: report(done[-1])
-    return pd.concat(done, ignore_index=True) if done else pd.DataFrame(columns=columns)
+    if not done: return pd.DataFrame(columns=columns)
+    return pd.concat(done, ignore_index=True)
 
 # %% ../../nbs/12_bench.speed.ipynb #f4e3c261
 def _block(ni, nf):
-    def conv(ni): return nn.Conv2d(ni, nf, 3, padding=1, bias=False),nn.BatchNorm2d(nf),nn.ReLU()
+    def conv(ni):
+        weights = nn.Conv2d(ni, nf, 3, padding=1, bias=False)
+        return weights,nn.BatchNorm2d(nf),nn.ReLU()
     return nn.Sequential(*conv(ni), *conv(nf))
 
 class SmallUNet(nn.Module):
@@ -367,8 +421,10 @@ class SmallUNet(nn.Module):
     def __init__(self, nf=16, levels=4, n_in=3, n_out=2):
         super().__init__()
         nfs = [nf*2**i for i in range(levels)]
-        self.down = nn.ModuleList(_block(a, b) for a,b in zip([n_in,*nfs], nfs))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2) for a,b in zip(nfs, nfs[1:]))
+        self.down = nn.ModuleList(_block(a, b)
+            for a,b in zip([n_in,*nfs], nfs))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, stride=2)
+            for a,b in zip(nfs, nfs[1:]))
         self.merge = nn.ModuleList(_block(2*a, a) for a in nfs[:-1])
         self.head = nn.Conv2d(nf, n_out, 1)
 
@@ -378,7 +434,8 @@ class SmallUNet(nn.Module):
             if i: x = F.max_pool2d(x, 2)
             x = block(x)
             skips.append(x)
-        for skip,up,merge in reversed([*zip(skips, self.up, self.merge)]):
+        levels = [*zip(skips, self.up, self.merge)]
+        for skip,up,merge in reversed(levels):
             x = merge(torch.cat([skip,up(x)], 1))
         return self.head(x)
 
@@ -390,7 +447,8 @@ def _timm(name):
 def _activation_apart(model):
     "`model`, where no norm computes the activation after it, for somebody looks in between"
     for m in model.modules():
-        if hasattr(m, 'act') and hasattr(m, 'drop'): m.act.register_forward_hook(lambda m, args, y: None)
+        if hasattr(m, 'act') and hasattr(m, 'drop'):
+            m.act.register_forward_hook(lambda m, args, y: None)
     return model
 
 models = { # name: makes a model with BatchNorm, shape of its input
@@ -416,7 +474,8 @@ def _train_step(model, shape, layout, device):
     model = model.to(device, memory_format=fmt).train()
     opt = torch.optim.SGD(model.parameters(), lr=1e-4)
     with torch.no_grad(): out = model(x)
-    y = torch.randint(out.shape[1], (out.shape[0],*out.shape[2:]), device=device)
+    n,classes,*size = out.shape
+    y = torch.randint(classes, (n,*size), device=device)
     def step():
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -436,7 +495,8 @@ def bench_model(
     "Time a model's training step with each norm, from the same weights"
     make,shape = models[name]
     fs,facts = {},{}
-    names = dict.fromkeys(('BatchNorm',*(model_contenders if names is None else names)))
+    if names is None: names = model_contenders
+    names = dict.fromkeys(('BatchNorm',*names))
     chosen = {k:model_contenders[k] for k in names}
     if compiled: chosen = {**chosen, **compiled_models}
     for contender,convert in chosen.items():
@@ -451,8 +511,9 @@ def bench_model(
     times,rows = interleave(fs, rounds, sample_ms, device),[]
     for contender,fact in facts.items():
         base = 'BatchNorm, model compiled' if contender in compiled_models else 'BatchNorm'
-        row = dict(shape=name, layout=layout, precision='float32', threads=torch.get_num_threads(),
-            contender=contender, part='step', base=base, **fact)
+        row = dict(shape=name, layout=layout, precision='float32',
+            threads=torch.get_num_threads(), contender=contender,
+            part='step', base=base, **fact)
         if contender in fs and base in fs:
             ratio = fact['peak_mb']/facts[base]['peak_mb']
             row.update(spread(times[contender], times[base]), peak_ratio=ratio)
@@ -467,7 +528,8 @@ def model_cases(
     only:str='', # Regular expression that 'MODEL LAYOUT' has to match somewhere
 )->list: # Tuples of model and layout
     "All combinations, or those that match"
-    return [c for c in itertools.product(models, layouts) if re.search(only, ' '.join(c))]
+    cases = itertools.product(models, layouts)
+    return [c for c in cases if re.search(only, ' '.join(c))]
 
 def bench_models(
     cases=None, # Of `model_cases`; default: all
@@ -475,7 +537,8 @@ def bench_models(
     **kwargs # Of `bench_model`
 )->pd.DataFrame: # Of `columns`
     "Time one model and layout after the other"
-    return _each(bench_model, model_cases() if cases is None else cases, report, kwargs)
+    if cases is None: cases = model_cases()
+    return _each(bench_model, cases, report, kwargs)
 
 # %% ../../nbs/12_bench.speed.ipynb #e21d3d18
 quick_shapes = (2,64,16,16),(2,64,56,56),(16,64,56,56)
@@ -486,7 +549,9 @@ def speed_cases(
 )->tuple: # Of `layer_cases`, and of `model_cases`
     "What a run measures"
     if quick:
-        layers = layer_cases(quick_shapes, precisions=('float32',), threads=(torch.get_num_threads(),), only=only)
+        threads = torch.get_num_threads()
+        layers = layer_cases(quick_shapes, precisions=('float32',),
+            threads=(threads,), only=only)
         return layers,model_cases(('resnet18 128px',), ('contiguous',), only)
     return layer_cases(only=only),model_cases(only=only)
 
@@ -502,10 +567,14 @@ def bench_speed(
     if device=='cpu': keep_memory()
     def chosen(all): return [n for n in all if re.search(names, n)]
     layers,nets = speed_cases(quick, only)
-    few = dict(device=device, report=report, **(dict(rounds=7) if quick else {}))
+    few = dict(device=device, report=report)
+    if quick: few['rounds'] = 7
     bandwidth = copy_bandwidth(device, 64 if quick else 256) if layers else None
-    return pd.concat([bench_layers(layers, names=chosen(contenders), bandwidth=bandwidth, **few),
-                      bench_models(nets, names=chosen(model_contenders), compiled=compiled, **few)], ignore_index=True)
+    of_layers = bench_layers(layers, names=chosen(contenders),
+        bandwidth=bandwidth, **few)
+    of_models = bench_models(nets, names=chosen(model_contenders),
+        compiled=compiled, **few)
+    return pd.concat([of_layers,of_models], ignore_index=True)
 
 # %% ../../nbs/12_bench.speed.ipynb #aaa67ca8
 def machine(
@@ -516,8 +585,9 @@ def machine(
     found = re.search(r'model name\s*:\s*(.+)', info.read_text()) if info.exists() else None
     cpu = found[1] if found else platform.processor() or platform.machine()
     gpu = torch.cuda.get_device_name() if device=='cuda' else ''
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
-        torch=torch.__version__, python=platform.python_version(), date=str(date.today()))
+    return dict(cpu=cpu, cores=os.cpu_count(),
+        threads=torch.get_num_threads(), gpu=gpu, torch=torch.__version__,
+        python=platform.python_version(), date=str(date.today()))
 
 def save_speed(
     df:pd.DataFrame, # Of `columns`
@@ -526,7 +596,8 @@ def save_speed(
 ):
     "Write rows and machine as JSON"
     rows = json.loads(df.to_json(orient='records', double_precision=6))
-    Path(path).write_text(json.dumps(dict(machine=machine(device), rows=rows), indent=1)+'\n')
+    saved = dict(machine=machine(device), rows=rows)
+    Path(path).write_text(json.dumps(saved, indent=1)+'\n')
 
 def load_speed(
     path, # Of `save_speed`
@@ -544,35 +615,48 @@ def geomean(
 )->float:
     "Geometric mean: as far above one as below it is one"
     values = list(values)
-    return math.exp(sum(map(math.log, values))/len(values)) if values else math.nan
+    if not values: return math.nan
+    return math.exp(sum(map(math.log, values))/len(values))
 
 def _verdict(group, contender, figures, limit, each=None, least=False):
     "A row of `summarize`: `figures`, a Series by case, and whether they are within `limit`"
     figures = figures.dropna()
-    worst_case = '' if figures.empty else figures.idxmin() if least else figures.idxmax()
-    mean,worst = geomean(figures),figures.min() if least else figures.max() # nan where there are none
-    ok = (mean>=limit if least else mean<=limit) and (each is None or worst<=each)
+    find_worst = figures.idxmin if least else figures.idxmax
+    worst_case = '' if figures.empty else find_worst()
+    mean = geomean(figures)
+    worst = figures.min() if least else figures.max() # nan where there are none
+    ok = mean>=limit if least else mean<=limit
+    if each is not None: ok = ok and worst<=each
     target = f"{'≥' if least else '≤'} {limit:g}" + (f', each ≤ {each:g}' if each else '')
     met = 'not measured' if figures.empty else 'yes' if ok else 'no'
-    return dict(group=group, contender=contender, cases=len(figures), mean=mean, worst=worst,
-        worst_case=worst_case, target=target, met=met)
+    return dict(group=group, contender=contender, cases=len(figures),
+        mean=mean, worst=worst, worst_case=worst_case, target=target, met=met)
 
 def summarize(
     df:pd.DataFrame, # Of `columns`
 )->pd.DataFrame: # A row a target: geometric mean over a group, worst case, what it should be and whether it is
     "The groups' figures against their targets"
-    df = df[df.part.isin(('both','step')) & (df.precision=='float32') & (df.threads==df.threads.max())]
+    wanted = df.part.isin(('both','step')) & (df.precision=='float32')
+    df = df[wanted & (df.threads==df.threads.max())]
     df = df.assign(case=df['shape']+' '+df.layout)
     def of(contender, column='ratio', where=True):
-        return df[(df.contender==contender) & where].set_index('case')[column].astype(float)
-    model,big = df.part=='step',(df.part=='both') & (df.group!='small maps')
-    rows = [_verdict(g, 'ours', of('ours', where=df.group==g), limit, each) for g,(limit,each) in targets.items()]
+        rows = df[(df.contender==contender) & where]
+        return rows.set_index('case')[column].astype(float)
+    model = df.part=='step'
+    big = (df.part=='both') & (df.group!='small maps')
+    rows = []
+    for g,(limit,each) in targets.items():
+        ratios = of('ours', where=df.group==g)
+        rows.append(_verdict(g, 'ours', ratios, limit, each))
     compiled = 'ours, model compiled'
     rows.append(_verdict('compiled models', compiled, of(compiled, where=model), compiled_target))
     speedup = of('lesson 10', where=big)/of('ours', where=big)
-    rows.append(_verdict("times as fast as lesson 10's layer", 'ours', speedup, least_speedup, least=True))
-    for what,where in (('peak memory, layers from 2x64x56x56',big), ('peak memory, whole models',model)):
-        rows.append(_verdict(what, 'ours', of('ours', 'peak_ratio', where), most_memory))
+    what = "times as fast as lesson 10's layer"
+    rows.append(_verdict(what, 'ours', speedup, least_speedup, least=True))
+    peaks = {'peak memory, layers from 2x64x56x56':big, 'peak memory, whole models':model}
+    for what,where in peaks.items():
+        ratios = of('ours', 'peak_ratio', where)
+        rows.append(_verdict(what, 'ours', ratios, most_memory))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/12_bench.speed.ipynb #de84c52e
@@ -584,14 +668,19 @@ def ratio_table(
     threads:int=None, # That were used; default: the most
 )->pd.DataFrame: # A row a case, a column a contender; for ratios BatchNorm's are its times
     "One figure of all cases and contenders"
-    df = df[(df.precision==precision) & df.part.isin((part,*(('step',) if part=='both' else ())))]
-    df = df[df.threads==(df.threads.max() if threads is None else threads)]
+    parts = (part,'step') if part=='both' else (part,)
+    df = df[(df.precision==precision) & df.part.isin(parts)]
+    if threads is None: threads = df.threads.max()
+    df = df[df.threads==threads]
     order = [list(dict.fromkeys(df[c])) for c in ('shape','layout','contender')]
     table = df.pivot(index=['shape','layout'], columns='contender', values=value)
-    rows = [(s,l) for s in order[0] for l in order[1] if (s,l) in table.index]
-    table = table.reindex(index=pd.MultiIndex.from_tuples(rows, names=['shape','layout']), columns=order[2]).astype(float)
+    cases = itertools.product(order[0], order[1])
+    rows = [c for c in cases if c in table.index]
+    index = pd.MultiIndex.from_tuples(rows, names=['shape','layout'])
+    table = table.reindex(index=index, columns=order[2]).astype(float)
     if value=='ratio' and 'BatchNorm' in table:
-        table['BatchNorm'] = df[df.contender=='BatchNorm'].set_index(['shape','layout']).ms
+        base = df[df.contender=='BatchNorm']
+        table['BatchNorm'] = base.set_index(['shape','layout']).ms
         table = table.rename(columns={'BatchNorm':'BatchNorm, ms'})
     return table.rename_axis(columns=None)
 
@@ -609,9 +698,11 @@ def plot_speed(
     "Times of forward and backward, of models a step, as ratios to BatchNorm, upwards slower; the figure"
     from matplotlib.figure import Figure
     measured = (df.base=='BatchNorm') & df.ratio.notna()
-    df = df[measured & df.part.isin(('both','step')) & (df.precision==precision)]
+    wanted = df.part.isin(('both','step')) & (df.precision==precision)
+    df = df[measured & wanted]
     df = df[df.threads==df.threads.max()]
-    names,shown = [n for n in colors if n in set(df.contender)],[l for l in layouts if l in set(df.layout)]
+    names = [n for n in colors if n in set(df.contender)]
+    shown = [l for l in layouts if l in set(df.layout)]
     fig = Figure(figsize=(12,3.2*len(shown)+.8), layout='constrained')
     axs = fig.subplots(len(shown), 1, sharey=True, squeeze=False)[:,0]
     for ax,layout in zip(axs, shown):
@@ -620,19 +711,23 @@ def plot_speed(
         for i,name in enumerate(names):
             rows = part[part.contender==name].set_index('shape')
             width = .8/len(names)
-            at = [k+(i-(len(names)-1)/2)*width for k,c in enumerate(cases) if c in rows.index]
+            shift = (i-(len(names)-1)/2)*width
+            at = [k+shift for k,c in enumerate(cases) if c in rows.index]
             rows = rows.loc[[c for c in cases if c in rows.index]]
             err = [rows.ratio-rows.ratio_low, rows.ratio_high-rows.ratio]
-            ax.bar(at, rows.ratio-1, width, bottom=1, color=colors[name], label=name, yerr=err,
-                error_kw=dict(lw=.8, ecolor='#333333'))
+            ax.bar(at, rows.ratio-1, width, bottom=1,
+                color=colors[name], label=name,
+                yerr=err, error_kw=dict(lw=.8, ecolor='#333333'))
         ax.axhline(1, color='black', lw=1)
         ax.set_xlim(-.5, len(cases)-.5)
         ax.set_yscale('log', base=2)
         ax.yaxis.set_major_formatter('{x:g}×')
-        ax.set_xticks(range(len(cases)), [c.replace(' ','\n') for c in cases], fontsize=8)
+        labels = [c.replace(' ','\n') for c in cases]
+        ax.set_xticks(range(len(cases)), labels, fontsize=8)
         ax.grid(axis='y', lw=.4); ax.set_axisbelow(True)
         ax.set(ylabel="time / BatchNorm's", title=f'{layout}, {precision}')
-    fig.legend(*axs[0].get_legend_handles_labels(), loc='outside lower center', ncols=len(names))
+    bars = axs[0].get_legend_handles_labels()
+    fig.legend(*bars, loc='outside lower center', ncols=len(names))
     if title: fig.suptitle(title)
     if path: fig.savefig(path, dpi=110)
     return fig

