@@ -73,7 +73,8 @@ def changed(
 )->Tensor: # Booleans `(C,)`
     "Where has somebody else written statistics for evaluation since the layer did? NaN is like NaN"
     def differ(now, known): return (now!=known) & ((now==now)|(known==known))
-    return differ(state.avg_mean, state.known_mean) | differ(state.avg_var, state.known_var)
+    mean = differ(state.avg_mean, state.known_mean)
+    return mean | differ(state.avg_var, state.known_var)
 
 full_steps = 2.**24 # As many as float32 counts
 full_samples = 2**40 # After which there is no floor
@@ -90,8 +91,11 @@ def seed(
     steps = torch.where(trained, full_steps, head_start)
     steps = torch.where(s.batches>0, s.batches+head_start, steps)
     seen = torch.where(where, torch.where(trained, full_samples, 0), s.seen)
-    seeds = ((s.mean,s.avg_mean), (s.var,s.avg_var), (s.known_mean,s.avg_mean),
-        (s.known_var,s.avg_var), (s.count,torch.where(trained, -1., 0.)), (s.steps,steps),
+    mean,var = s.avg_mean,s.avg_var
+    count = torch.where(trained, -1., 0.)
+    seeds = ((s.mean,mean), (s.var,var),
+        (s.known_mean,mean), (s.known_var,var),
+        (s.count,count), (s.steps,steps),
         (s.grad.data,0.))
     if s.innovations is not None: seeds = *seeds,(s.innovations,0.)
     for old,new in seeds: old.copy_(torch.where(where, new, old))
@@ -117,7 +121,8 @@ def clip_factor(
 )->Tensor: # In (0,`clip_max`], `(C,)`
     r"What a batch pays of what is owed in the scale: $\min(1, 4/\overline{\hat x^2})$ by default"
     d = saved.batch_mean-saved.mean
-    mean_square = torch.addcmul(saved.batch_var, d, d)/(saved.var+step.eps)
+    square = torch.addcmul(saved.batch_var, d, d)
+    mean_square = square/(saved.var+step.eps)
     return (step.clip/mean_square).clamp(max=step.clip_max)
 
 def to_save(
@@ -134,7 +139,8 @@ def to_save(
     if floor is not None:
         above = (var>=floor).to(var.dtype)
         var = torch.maximum(var, floor)
-    res = Saved(mean, var, share, above, m, v, unpaid=torch.ones_like(var))
+    unpaid = torch.ones_like(var)
+    res = Saved(mean, var, share, above, m, v, unpaid=unpaid)
     if torch.is_tensor(step.running_grad) or step.running_grad:
         res = res._replace(factor=clip_factor(res, step)*above)
     return torch.stack(res)
@@ -148,18 +154,23 @@ def merge(
     seen:Tensor=None, # Samples that each channel has seen `(C,)`; default: those of `state`
 )->Tensor: # What to normalise with, a `Saved` as one tensor `(7,C)`
     "Merge a batch into window and average; channels that are not finite stay out, with share 0"
-    s,own = state,step.average is not None or type(step.momentum) is not AutoMomentum
-    m,v,old_mean,old_var = [t.to(s.mean.dtype) for t in (m,v,s.avg_mean,s.avg_var)]
+    s = state
+    own = step.average is not None or type(step.momentum) is not AutoMomentum
+    m,v,old_mean,old_var = [t.to(s.mean.dtype)
+        for t in (m,v,s.avg_mean,s.avg_var)]
     weight = step.weight
     if step.longest is not None:
-        weight,innovations = adapt(s.innovations, (s.count,s.mean,s.var), (m,v), step.samples,
-            M, longest=step.longest, eps=step.eps)
+        window = s.count,s.mean,s.var
+        weight,innovations = adapt(s.innovations, window, (m,v),
+            step.samples, M, longest=step.longest, eps=step.eps)
     count,share = window_share(s.count, M, weight)
     mean,var = merge_moments(s.mean, s.var, m, v, share)
     ok = var<math.inf
     mean,var = torch.where(ok, mean, s.mean),torch.where(ok, var, s.var)
     avg_mean,avg_var,avg_ok = mean,var,ok
-    if own: avg_mean,avg_var,avg_ok = _average((m,v,M), (old_mean,old_var), share, s, step)
+    if own:
+        batch,old = (m,v,M),(old_mean,old_var)
+        avg_mean,avg_var,avg_ok = _average(batch, old, share, s, step)
     floor = floor_of(s.floors, s.seen if seen is None else seen, step)
     if step.update:
         s.skipped.add_((ok&avg_ok).all().logical_not())
@@ -201,11 +212,13 @@ def react(
 )->Tensor: # $G$ `(2,C)`
     r"Pay $(1-\rho)\bar g$ in a forward's first backward, add $\rho g$ in each, to $G$ and $\bar g$"
     s = Saved(*saved)
-    g = torch.stack((sums[0], sums[1]*(s.factor>0)))/M # at the floor a variance does not react
+    in_scale = sums[1]*(s.factor>0) # at the floor a variance does not react
+    g = torch.stack((sums[0], in_scale))/M
     own = s.share*g
     if not torch.is_tensor(step.running_grad) and step.running_grad==0: return own
     left = running*(1-s.share*s.unpaid)
-    owed = left*(s.unpaid*step.running_grad)*torch.stack((torch.ones_like(s.factor), s.factor))
+    clipped = torch.stack((torch.ones_like(s.factor), s.factor))
+    owed = left*(s.unpaid*step.running_grad)*clipped
     G = own+(owed if scale is None else owed*scale)
     if step.update:
         new = left+(own if scale is None else own/scale)
@@ -254,7 +267,8 @@ class Formulas:
     @classmethod
     def _before_act(cls, dy, xhat, weight, bias, step):
         dy = dy.to(xhat.dtype)
-        return dy if step.act is None else slope(dy, affine(xhat, weight, bias), step.act)
+        if step.act is None: return dy
+        return slope(dy, affine(xhat, weight, bias), step.act)
 
     @classmethod
     def sums(cls, dy, x, weight, bias, saved, step):
@@ -267,7 +281,9 @@ class Formulas:
         xhat,rstd = cls._normal(x, saved, step)
         dz = cls._before_act(dy, xhat, weight, bias, step)
         scale = rstd if weight is None else rstd*weight
-        dx = (dz-per_channel(G[0], x)-xhat*per_channel(G[1], x))*per_channel(scale, x)
+        G_mean = per_channel(G[0], x)
+        G_scale = per_channel(G[1], x)
+        dx = (dz-G_mean-xhat*G_scale)*per_channel(scale, x)
         return dx if dx.dtype==x.dtype else dx.to(x.dtype)
 
     @classmethod
@@ -287,7 +303,8 @@ class Formulas:
     def statistics(cls, x, state, step):
         "The first half of `forward`: merge the batch in; what to normalise with"
         seen = None if state.known_mean is None else seed(state, changed(state))
-        return merge(*cls.moments(x), x.numel()//x.shape[1], state, step, seen)
+        M = x.numel()//x.shape[1]
+        return merge(*cls.moments(x), M, state, step, seen)
 
     @classmethod
     @torch.no_grad()
@@ -303,7 +320,8 @@ class Formulas:
         need_dx:bool=True, # Is the gradient of `x` wanted?
     )->tuple: # That gradient or `None`, those of weight and bias
         "Gradients, through what is normalised with too; updates the running gradient"
-        G,sums = cls.reaction(dy, x, weight, bias, saved, running, step=step, scale=scale)
+        G,sums = cls.reaction(dy, x, weight, bias, saved, running,
+            step=step, scale=scale)
         dx = cls.dx(dy, x, weight, bias, saved, G, step=step) if need_dx else None
         return dx,sums[1],sums[0]
 
@@ -311,4 +329,5 @@ class Formulas:
     def reaction(cls, dy, x, weight, bias, saved, running, step, scale=None):
         "The first half of `backward`: $G$, and gradients of bias and weight, `(2,C)` each"
         sums = cls.sums(dy, x, weight, bias, saved, step)
-        return react(sums, x.numel()//x.shape[1], saved, running, step, scale),sums
+        M = x.numel()//x.shape[1]
+        return react(sums, M, saved, running, step, scale),sums

@@ -46,7 +46,8 @@ def implementation(
     if backend=='formulas' or type(x).__torch_dispatch__ is not _no_dispatch: return Formulas
     first = Kernels
     if backend=='triton' and not x.is_cpu: first = triton_kernels()
-    return next(how for how in (first,Kernels,SyncBatchNormParts,Formulas) if how.fits(x, state))
+    known = first,Kernels,SyncBatchNormParts,Formulas
+    return next(how for how in known if how.fits(x, state))
 
 def is_traced()->bool:
     "Is somebody recording operators?"
@@ -85,20 +86,25 @@ def to_operator(
     backend:str='auto', # Of the layer
 )->tuple: # The last arguments of both operators
     "A `Step` as the operators take it"
-    def tensor(o): return o if o is None or torch.is_tensor(o) else like.new_full((), o)
-    auto,paid = type(step.momentum) is AutoMomentum,step.running_grad
+    def tensor(o):
+        if o is None or torch.is_tensor(o): return o
+        return like.new_full((), o)
+    auto = type(step.momentum) is AutoMomentum
+    paid = step.running_grad
     momentum = None if auto or step.momentum is None else float(step.momentum)
     if not torch.is_tensor(paid) and paid==0: paid = None
-    return (step.samples, tensor(step.weight), tensor(step.average), momentum, auto, tensor(paid),
-        step.eps, step.clamped, step.inclusive, step.update, step.clip, step.clip_max,
-        step.longest, backend)
+    return (step.samples, tensor(step.weight), tensor(step.average),
+        momentum, auto, tensor(paid), step.eps,
+        step.clamped, step.inclusive, step.update,
+        step.clip, step.clip_max, step.longest, backend)
 
-def _from_operator(samples, weight, average, momentum, auto, paid, eps, clamped, inclusive, update,
-                   clip, clip_max, longest):
+def _from_operator(samples, weight, average, momentum, auto, paid, eps,
+                   clamped, inclusive, update, clip, clip_max, longest):
     if auto: momentum = auto_momentum
     if paid is None: paid = 0.
-    return Step(samples, weight, average, momentum, paid, eps, clamped=clamped, inclusive=inclusive,
-        update=update, clip=clip, clip_max=clip_max, longest=longest)
+    return Step(samples, weight, average, momentum, paid, eps,
+        clamped=clamped, inclusive=inclusive, update=update,
+        clip=clip, clip_max=clip_max, longest=longest)
 
 def _statistics(x, *args):
     *args,backend = args
@@ -111,11 +117,15 @@ def _statistics(x, *args):
 def _reaction(dy, x, saved, running, scale, *step):
     *step,backend = step
     state = State(*[running]*9, running[0], running)
-    how,step = implementation(x, state, backend),_from_operator(*step)
-    return how.reaction(dy, x, None, None, saved, running, step=step, scale=scale)
+    how = implementation(x, state, backend)
+    step = _from_operator(*step)
+    return how.reaction(dy, x, None, None, saved, running,
+        step=step, scale=scale)
 
 def _statistics_meta(x, mean, *_): return mean.new_empty((7,x.shape[1]))
-def _reaction_meta(dy, x, saved, *_): return [saved.new_empty((2,x.shape[1])) for _ in range(2)]
+def _reaction_meta(dy, x, saved, *_):
+    shape = 2,x.shape[1]
+    return [saved.new_empty(shape) for _ in range(2)]
 
 library = torch.library.Library('fastai_runbn', 'FRAGMENT') # `custom_op` adds 80 ms to an import
 _tags = [getattr(torch.Tag, n) for n in ('pt2_compliant_tag','flexible_layout')
@@ -227,7 +237,8 @@ class RunningNorm(Function):
     def forward(ctx, x, weight, bias, y, saved, call):
         ctx.call,ctx.bias_dtype = call,getattr(bias, 'dtype', None)
         compiling = call.state is not None
-        if compiling: y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
+        if compiling:
+            y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
         if call.step.act is None: bias = None # which only the activation's slope depends on
         if compiling: ctx.save_for_backward(x, weight, bias, saved)
         else: # `saved` stays what it is, whatever hooks do to saved tensors: it says what is owed
@@ -247,13 +258,15 @@ def _gradients(ctx, dy, x, weight, bias, saved=None):
     "Of `x`, weight and bias, and three times `None`"
     how,step,running,keeper,layer,said,paid,state = ctx.call
     need_x,need_w,need_b,*_ = ctx.needs_input_grad
-    pays,scale = isinstance(step.running_grad, Tensor) or step.running_grad,None
+    pays = isinstance(step.running_grad, Tensor) or step.running_grad
+    scale = None
     if state is None:
         saved = ctx.saved
         if pays: scale = LossScale.of(said, x, running)
     elif pays and isinstance(said, Tensor): scale = said
-    dx,dweight,dbias = keeper.backward(layer, how, dy, x, weight, bias, saved=saved,
-        running=running, step=step, scale=scale, need_dx=need_x)
+    dx,dweight,dbias = keeper.backward(layer, how,
+        dy, x, weight, bias, saved=saved, running=running,
+        step=step, scale=scale, need_dx=need_x)
     if paid is not None: paid()
     if not need_w: dweight = None
     elif dweight.dtype is not weight.dtype: dweight = dweight.to(weight.dtype)
@@ -290,9 +303,11 @@ def running_norm(
         return RunningNorm.apply(x, weight, bias, [None], None, call),None
     how,step = call.how,call.step
     if saved is None:
-        y,saved = call.keeper.forward(call.layer, how, x, weight, bias, state=state, step=step)
+        y,saved = call.keeper.forward(call.layer, how,
+            x, weight, bias, state=state, step=step)
     else:
-        with torch.no_grad(): y = how.normalize(x, weight, bias, saved, step)
+        with torch.no_grad():
+            y = how.normalize(x, weight, bias, saved, step)
     return _apply(x, weight, bias, [y], saved, call),saved
 
 def running_batch_norm(
@@ -311,15 +326,18 @@ def running_batch_norm(
     "Normalise `x` with the window after merging it in; design after fast.ai lesson 10 and MABN"
     C = len(window_mean)
     if x.shape[1]!=C:
-        raise RuntimeError(f'running batch norm of {C} channels got {x.shape[1]}, in an input of shape '
-            f'{tuple(x.shape)}')
+        raise RuntimeError(f'running batch norm of {C} channels got {x.shape[1]}, '
+            f'in an input of shape {tuple(x.shape)}')
     window = window_mean,window_var,window_count
-    counters = [torch.zeros(s, dtype=torch.long, device=x.device) for s in ((),(1,),())]
+    counters = [torch.zeros(s, dtype=torch.long, device=x.device)
+        for s in ((),(1,),())]
     floors,grad = window_mean.new_zeros(1),window_grad
     if floor is not None: floors = floor.expand(C)[None]
     if grad is None: grad = window_mean.new_zeros((2,C))
-    state = State(*window, *[torch.empty_like(t) for t in window], *counters, floors, grad)
-    step = Step(len(x), a, running_grad=running_grad, eps=eps, clamped=floor is not None)
+    averages = [torch.empty_like(t) for t in window]
+    state = State(*window, *averages, *counters, floors, grad)
+    step = Step(len(x), a, running_grad=running_grad, eps=eps,
+        clamped=floor is not None)
     call = Call(choose(x, state), step, grad)
     if torch.compiler.is_compiling(): call = call._replace(state=state)
     return running_norm(x, weight, bias, state, call)[0]

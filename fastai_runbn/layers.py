@@ -39,14 +39,16 @@ def runbn_settings(
     _check_window(window)
     clamp = tuple(float(o) for o in clamp or ())
     def check(ok, name, what):
-        if not ok: raise ValueError(f'{name}={settings[name]!r}: {what} expected{_remarks.get(name, ".")}')
+        remark = _remarks.get(name, '.')
+        if not ok: raise ValueError(f'{name}={settings[name]!r}: {what} expected{remark}')
     settings = dict(window=window, running_grad=running_grad, momentum=momentum,
         eval_window=eval_window, clamp=clamp, clamp_inclusive=clamp_inclusive,
         persistent_window=persistent_window, backend=backend)
-    numbers = momentum is None or isinstance(momentum, (int,float)) and 0<=momentum<=1
+    number = isinstance(momentum, (int,float)) and 0<=momentum<=1
     check(0<=running_grad<=1, 'running_grad', 'a number in [0,1] was')
-    check(numbers, 'momentum', "BatchNorm's was")
-    check(eval_window is None or eval_window>=1, 'eval_window', 'a number of samples, 1 or more, or None was')
+    check(momentum is None or number, 'momentum', "BatchNorm's was")
+    check(eval_window is None or eval_window>=1, 'eval_window',
+        'a number of samples, 1 or more, or None was')
     check(all(0<=o<math.inf for o in clamp), 'clamp', 'variances, 0 or more, were')
     check(backend in backends, 'backend', f"one of {', '.join(backends)} was")
     return settings
@@ -59,14 +61,15 @@ def _check_window(window):
     if callable(window):
         for bs in (1,2,64):
             if 0<(a := window(bs, 49*bs))<=1: continue
-            raise ValueError(f'window={window!r} gives {a!r} for a batch of {bs}; a weight in (0,1] was expected.')
+            raise ValueError(f'window={window!r} gives {a!r} for a batch of {bs}; '
+                'a weight in (0,1] was expected.')
     elif isinstance(window, bool) or not isinstance(window, (int,float)) or not window>0:
-        raise ValueError(f'window={window!r}: a number of samples over 0 was expected, or a function of '
-            'batch size and values per channel.')
+        raise ValueError(f'window={window!r}: a number of samples over 0 was expected, '
+            'or a function of batch size and values per channel.')
 
 # %% ../nbs/05_layers.ipynb #780d0f23
-LESSON10 = dict(window=lesson10_weight, running_grad=0., eval_window=None, clamp=(0.01,)*20,
-    clamp_inclusive=True)
+LESSON10 = dict(window=lesson10_weight, running_grad=0., eval_window=None,
+    clamp=(0.01,)*20, clamp_inclusive=True)
 
 # %% ../nbs/05_layers.ipynb #af4c2103
 class RecentBatches:
@@ -88,10 +91,14 @@ class RecentBatches:
         v:Tensor, # Its biased variance
     )->tuple: # Of `Saved`, `(7,C)`, and what to do once its backward has paid, or `None`
         "What the batch most like this was normalised with, and what is owed for it"
-        there = torch.stack([*[s[4:6] for s in self.saved], torch.stack((m, v))])
+        batches = [s[4:6] for s in self.saved]
+        batches.append(torch.stack((m, v)))
+        there = torch.stack(batches)
         there = there.nan_to_num(1e30, 2e30, -2e30) # not finite is near to none but itself
-        nearest = (there[:-1]-there[-1]).abs().sum((1,2)).argmin(0, keepdim=True)
-        if self.looks and m.is_cpu and not is_traced(): return self.saved[nearest.item()],None
+        distance = (there[:-1]-there[-1]).abs().sum((1,2))
+        nearest = distance.argmin(0, keepdim=True)
+        if self.looks and m.is_cpu and not is_traced():
+            return self.saved[nearest.item()],None
         saved = tuple(self.saved)
         def paid():
             for i,s in enumerate(saved): s.data[-1].mul_(nearest!=i)
@@ -106,7 +113,8 @@ state_buffers = ('window_mean','window_var','window_count','running_mean','runni
 
 @lru_cache(maxsize=256)
 def _floors(clamp, dtype, device):
-    with torch.inference_mode(False): return torch.tensor((*clamp,0.), dtype=dtype, device=device)
+    with torch.inference_mode(False):
+        return torch.tensor((*clamp,0.), dtype=dtype, device=device)
 
 class WindowBuffers:
     "The window of a running norm, in buffers that follow a model wherever it goes"
@@ -116,9 +124,12 @@ class WindowBuffers:
         "Add the buffers, where `running_mean` is"
         mean = self.running_mean
         dtype = torch.float64 if mean.dtype==torch.float64 else torch.float32
-        C,new = len(mean),partial(torch.zeros, device=mean.device, dtype=dtype)
-        values = (new(C), new(C), new(C), new(2,C), new(4,C), new(C), new(1).long(),
-            new(()).long(), torch.zeros_like(mean), torch.zeros_like(mean))
+        C = len(mean)
+        new = partial(torch.zeros, device=mean.device, dtype=dtype)
+        values = (new(C), new(C), new(C),
+            new(2,C), new(4,C), new(C),
+            new(1).long(), new(()).long(),
+            torch.zeros_like(mean), torch.zeros_like(mean))
         for name,value in zip(window_buffers, values):
             self.register_buffer(name, value, persistent=self.persistent_window)
         self.set_floors()
@@ -130,11 +141,13 @@ class WindowBuffers:
         for name in window_buffers:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ('recent','clamp_floor','_state','_chosen'): vars(self).pop(name, None)
+        for name in ('recent','clamp_floor','_state','_chosen'):
+            vars(self).pop(name, None)
 
     def state(self)->State:
         "The buffers, and the floors of `clamp`; the same `State` as long as they are the same"
-        s,now = vars(self).get('_state'),list(map(self._buffers.__getitem__, state_buffers))
+        s = vars(self).get('_state')
+        now = list(map(self._buffers.__getitem__, state_buffers))
         now.insert(9, self.clamp_floor)
         if s is not None and all(map(is_, s, now)): return s
         if not self.window_fits():
@@ -157,7 +170,8 @@ class WindowBuffers:
     def set_floors(self):
         "Make `clamp_floor` of `clamp`: no buffer, for it can be made again at any time"
         like = self.window_mean
-        if type(like) is Tensor: self.clamp_floor = _floors(self.clamp, like.dtype, like.device)
+        if type(like) is Tensor:
+            self.clamp_floor = _floors(self.clamp, like.dtype, like.device)
         else: self.clamp_floor = like.new_tensor((*self.clamp,0.))
 
     def window_fits(self)->bool:
@@ -165,7 +179,8 @@ class WindowBuffers:
         b = self._buffers
         mean,var,known = b['running_mean'],b['running_var'],b['known_mean']
         if mean is None or var is None: return False
-        return (mean.shape==known.shape==var.shape and mean.dtype is known.dtype is var.dtype
+        return (mean.shape==known.shape==var.shape
+            and mean.dtype is known.dtype is var.dtype
             and mean.device==known.device==var.device==self.clamp_floor.device)
 
     @torch.no_grad()
@@ -200,7 +215,8 @@ class WindowBuffers:
         super()._apply(fn, recurse)
         for n in old.keys()-{'known_mean','known_var'}:
             new = self._buffers[n]
-            if new.is_floating_point() and new.itemsize<4: self._buffers[n] = old[n].to(new.device)
+            if new.is_floating_point() and new.itemsize<4:
+                self._buffers[n] = old[n].to(new.device)
         filled = old['window_mean'].is_meta and not self.window_mean.is_meta
         if filled and self.running_mean is not None: self.make_window()
         self.set_floors()
@@ -235,7 +251,8 @@ def _step(samples, bs, M, window, running_grad, momentum, eval_window, eps, **kw
     "A `Step` of settings and sizes"
     average = None if eval_window is None else at_most_1(bs/eval_window)
     longest = window.samples if isinstance(window, AdaptiveWindow) else None
-    return Step(samples, window_weight(window, bs, M), average, momentum, running_grad, eps,
+    weight = window_weight(window, bs, M)
+    return Step(samples, weight, average, momentum, running_grad, eps,
         longest=longest, **kwargs)
 _constants = int,float,AdaptiveWindow # settings that are no tensors, which a schedule changes
 _of_a_step = ('window','running_grad','momentum','eval_window','eps','clamp','clamp_inclusive',
@@ -267,7 +284,8 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def make_running(self, **settings):
         "Set all `settings` (of `runbn_settings`) and add the window: full, of trained statistics"
-        if self.running_mean is None: raise ValueError(_no_tracking.format(type(self).__name__))
+        if self.running_mean is None:
+            raise ValueError(_no_tracking.format(type(self).__name__))
         vars(self).update(runbn_settings(**settings))
         self.make_window()
         watch()
@@ -277,12 +295,14 @@ class RunningBatchNormMixin(WindowBuffers):
         self.drop_window()
         own = ('path','last_batch','batch_size','loss_scale','scaler_tells','unscheduled',
             '_told_of_rows')
-        for name in (*own,*runbn_settings().keys()-{'momentum'}): vars(self).pop(name, None)
+        settings = runbn_settings().keys()-{'momentum'}
+        for name in (*own,*settings): vars(self).pop(name, None)
 
     @torch.no_grad()
     def set_settings(self, **settings):
         "Change some settings (of `runbn_settings`); the others, the window and the statistics stay"
-        vars(self).update(runbn_settings(**{**self.settings(), **settings}))
+        settings = {**self.settings(), **settings}
+        vars(self).update(runbn_settings(**settings))
         self.set_floors()
         if self.persistent_window: self._non_persistent_buffers_set -= set(window_buffers)
         else:                      self._non_persistent_buffers_set |= set(window_buffers)
@@ -295,7 +315,8 @@ class RunningBatchNormMixin(WindowBuffers):
         shown,clamp = self.settings(),self.clamp
         shown['clamp'] = f'{clamp[0]:g} to {clamp[-1]:g} in {len(clamp)} samples' if clamp else None
         shown.pop('momentum') # PyTorch's own shows it
-        return ', '.join([super().extra_repr(), *(f'{k}={v}' for k,v in shown.items())])
+        own = [f'{k}={v}' for k,v in shown.items()]
+        return ', '.join([super().extra_repr(), *own])
 
     def forward(self, x:Tensor)->Tensor:
         "Normalise `x`, `(N,C,*)`: in training with the window, which it updates; else as BatchNorm"
@@ -312,30 +333,35 @@ class RunningBatchNormMixin(WindowBuffers):
         mean,var = self._buffers['running_mean'],self._buffers['running_var']
         taken = mean is None and var is None # away, as some test-time adaptation does
         if taken or not self.training or not (x.numel() or self.keeper.takes_empty):
-            return F.batch_norm(x, mean, var, self.weight, self.bias, training=taken, momentum=0.,
-                eps=self.eps)
+            return F.batch_norm(x, mean, var, self.weight, self.bias,
+                training=taken, momentum=0., eps=self.eps)
         if x.shape[1]!=self.num_features:
             raise RuntimeError(f'{type(self).__name__} of {self.num_features} channels got '
                 f'{x.shape[1]}, in an input of shape {tuple(x.shape)}')
         if type(x) is Tensor: return self.train_forward(x, act)
         with torch._C.DisableTorchFunctionSubclass(): # a TensorImage asks Python at every operator
             y = self.train_forward(x, act)
-        return y if type(x) in (nn.Parameter,type(y)) else y.as_subclass(type(x))
+        if type(x) in (nn.Parameter,type(y)): return y
+        return y.as_subclass(type(x))
 
     def train_forward(self, x, act=None):
         "A forward in training, with the window that the keeper has"
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError(_no_functorch.format(type(self).__name__))
-        state,params = self.keeper.state(self),self._parameters
+        state = self.keeper.state(self)
         how,step = self.chosen(x, act, state)
-        call,saved = Call(how, step, state.grad, self.keeper, self, self._said_scale(x)),None
+        said = self._said_scale(x)
+        call = Call(how, step, state.grad, self.keeper, self, said)
         if compiling: call = call._replace(layer=None, state=state)
+        saved = None
         again = not compiling and self.recent.is_asked()
         if again:
-            with torch.no_grad(): saved,paid = self.recent.recall(*how.moments(x))
+            with torch.no_grad():
+                saved,paid = self.recent.recall(*how.moments(x))
             call = call._replace(paid=paid)
-        y,saved = running_norm(x, params['weight'], params['bias'], state, call, saved)
+        weight,bias = self._parameters['weight'],self._parameters['bias']
+        y,saved = running_norm(x, weight, bias, state, call, saved)
         if not compiling and not again:
             self.recent.add(saved)
             if self.path is not how.name: self.path = how.name
@@ -343,17 +369,22 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def chosen(self, x, act, state):
         "Implementation and `Step` for `x`: those of the last call, while all is as it was"
-        if torch.compiler.is_compiling(): return choose(x, state, self.backend),self.step(x, act)
+        if torch.compiler.is_compiling():
+            return choose(x, state, self.backend),self.step(x, act)
         settings = _settings_of(vars(self))
         window,paid,momentum = settings[:3]
         kept = type(window) in _constants and type(paid) in _constants and not is_traced()
         if kept:
-            key = (type(x), x.shape, x.dtype, x.device, self.batch_size, self.keeper, act,
+            key = (type(x), x.shape, x.dtype, x.device,
+                self.batch_size, self.keeper, act,
                 type(momentum), *settings) # 'auto' is a number, too
             last = vars(self).get('_chosen')
-            if last is not None and last[0] is state and last[1]==key: return last[2]
-        how,step = choose(x, state, self.backend),self.step(x, act)
-        self.last_batch = x.shape[0],step.samples,x.numel()//x.shape[1]
+            if last is not None and last[0] is state and last[1]==key:
+                return last[2]
+        how = choose(x, state, self.backend)
+        step = self.step(x, act)
+        M = x.numel()//x.shape[1]
+        self.last_batch = x.shape[0],step.samples,M
         if not kept: return how,step
         step = KeptStep(*step)
         self._chosen = state,key,(how,step)
@@ -361,14 +392,17 @@ class RunningBatchNormMixin(WindowBuffers):
 
     def step(self, x, act=None)->Step:
         "The numbers of a call with `x`"
-        window,bs,M = self.window,self._samples(x),x.numel()//x.shape[1]
+        window = self.window
+        bs = self._samples(x)
+        M = x.numel()//x.shape[1]
         sizes = bs,M
         if torch.compiler.is_compiling(): # numbers would be compiled in
             if takes_tensors(window):
                 sizes = [self.window_mean.new_full((), n) for n in sizes]
-        return _step(bs, *sizes, window, self.running_grad, momentum=self.momentum,
-            eval_window=self.eval_window, eps=self.eps, clamped=bool(self.clamp),
-            inclusive=self.clamp_inclusive, update=not self.is_held(), act=act)
+        return _step(bs, *sizes, window, self.running_grad,
+            momentum=self.momentum, eval_window=self.eval_window, eps=self.eps,
+            clamped=bool(self.clamp), inclusive=self.clamp_inclusive,
+            update=not self.is_held(), act=act)
 
     def is_held(self)->bool:
         "Do training forwards leave all state as it is? By `momentum=0`, or without tracking"
@@ -397,7 +431,8 @@ class RunningBatchNormMixin(WindowBuffers):
         tracer = x.tracer
         if type(tracer).__name__=='QuantizationTracer':
             warnings.warn(_quantized.format(type(self).__name__), stacklevel=2)
-        return tracer.create_proxy('call_module', tracer.path_of_module(self), (x,), {})
+        path = tracer.path_of_module(self)
+        return tracer.create_proxy('call_module', path, (x,), {})
 
     def __prepare_scriptable__(self):
         "What `torch.jit.script` calls first"
@@ -436,7 +471,8 @@ def _fusers():
     "What `fuse_modules` may be asked to fuse with a running norm, as its table has it"
     pairs = ((nn.Conv1d,RunningBatchNorm1d), (nn.Conv2d,RunningBatchNorm2d),
         (nn.Conv3d,RunningBatchNorm3d), (nn.Linear,RunningBatchNorm1d))
-    return [o for a,b in pairs for o in ((a,b),(a,b,nn.ReLU),(b,nn.ReLU))]
+    return [o for a,b in pairs
+        for o in ((a,b),(a,b,nn.ReLU),(b,nn.ReLU))]
 
 def watch():
     "What the first running norm of a process brings with it"
@@ -478,7 +514,8 @@ def set_batch_size(
 )->nn.Module: # `model`
     "Say how many samples a batch has, where rows are points, nodes, tokens or regions of them"
     if not (n is None or isinstance(n, int) and n>0):
-        raise ValueError(f'set_batch_size: n={n!r}, a whole number, 1 or more, was expected, or None.')
+        raise ValueError(f'set_batch_size: n={n!r}, '
+            'a whole number, 1 or more, was expected, or None.')
     for m in running_norms(model): m.batch_size = n
     return model
 
@@ -491,7 +528,8 @@ def follow_scaler(
     "Have running gradients follow the loss scale, once, where it does not tell: in torch.compile"
     norms,scale = running_norms(model),False
     if scaler is not None and scaler.is_enabled() and norms:
-        scaler.scale(torch.ones((), device=norms[0].window_mean.device)) # makes the scale, if need be
+        device = norms[0].window_mean.device
+        scaler.scale(torch.ones((), device=device)) # makes the scale, if need be
         scale = getattr(scaler, '_scale', None)
         if scale is None: raise TypeError(_no_scale.format(type(scaler).__name__))
     tells = isinstance(scaler, GradScaler) and type(scaler).scale is GradScaler.scale

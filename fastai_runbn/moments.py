@@ -18,9 +18,11 @@ from torch import Tensor
 def batch_moments(
     x:Tensor, # Activations, `(N,C,*)`
 )->tuple: # Mean `(C,)` and biased variance `(C,)`, float32 (float64 for float64), and M, the values per channel
-    "Mean and biased variance of each channel of `x` over all other dimensions, and how many values they are taken over"
+    """Mean and biased variance of each channel of `x` over all other dimensions,
+    and how many values they are taken over"""
     if x.dtype in (torch.float16, torch.bfloat16): x = x.float()
-    var,mean = torch.var_mean(x, [d for d in range(x.ndim) if d!=1], correction=0)
+    dims = [d for d in range(x.ndim) if d!=1]
+    var,mean = torch.var_mean(x, dims, correction=0)
     return mean, var, x.numel()//x.shape[1]
 
 # %% ../nbs/01_moments.ipynb #66a2bbe2
@@ -30,8 +32,11 @@ def lesson10_weight(
     mom:float=0.1, # Weight of a batch of two, in (0,1]
 )->float|Tensor: # Weight $a$ of the batch, in (0,1]; a tensor for one
     "$a = 1-(1-mom)/\\sqrt{bs-1}$, fast.ai lesson 10 (2019); at `bs=1` as at `bs=2`"
-    if torch.is_tensor(bs): return torch.where(bs<=1, mom, 1-(1-mom)/(bs-1).clamp(min=1).sqrt())
-    return mom if bs<=1 else 1-(1-mom)/math.sqrt(bs-1)
+    if torch.is_tensor(bs):
+        root = (bs-1).clamp(min=1).sqrt()
+        return torch.where(bs<=1, mom, 1-(1-mom)/root)
+    if bs<=1: return mom
+    return 1-(1-mom)/math.sqrt(bs-1)
 
 # %% ../nbs/01_moments.ipynb #d244d3dc
 def at_most_1(a): return a.clamp(max=1) if torch.is_tensor(a) else min(1., a)
@@ -72,7 +77,8 @@ def window_share(
 )->tuple: # New window count $n'$ and share $\rho$ of the batch, `(C,)` each
     "The window's new count $n'=(1-a)n+aM$, and the share $\\rho=aM/n'$ that the batch has in it"
     count = torch.where(count<0, M, count)
-    added = torch.ones_like(count)*(a*M) # rounded once, so that a first batch has a share of exactly 1
+    # rounded once, so that a first batch has a share of exactly 1
+    added = torch.ones_like(count)*(a*M)
     count = count*(1-a) + added
     return count, added/count
 
@@ -84,7 +90,8 @@ def merge_moments(
     v:Tensor, # Biased variance of the batch, `(C,)`
     rho:float|Tensor, # Share of the batch in the result, in [0,1]
 )->tuple: # Mean and biased variance of both together, `(C,)` each
-    "Mean and variance of a window and a batch together, where the batch has the share `rho`; several windows at once as rows of `mean`, `var` and `rho`"
+    """Mean and variance of a window and a batch together, where the batch has the share `rho`;
+    several windows at once as rows of `mean`, `var` and `rho`"""
     d = m-mean
     step = rho*d
     return mean+step, torch.lerp(var, v, rho).addcmul(step, d-step)
@@ -109,26 +116,32 @@ def adapt(
     eps:float=1e-5, # Added to the variance
 )->tuple: # Weight $a$ of the batch `(C,)`, and the new `innovations`
     "The batch's weight in a window of the length so far; what its innovation says of that length"
-    (n,t,square,trace),(count,mean,var),(m,v) = innovations,window,batch
+    n,t,square,trace = innovations
+    count,mean,var = window
+    m,v = batch
     first = torch.zeros_like(n)+bs*enough/M # of the type of n, as a number would not be
     first = torch.where(count<0, longest, first.clamp(min=bs))
     n = torch.where(t>0, n, first).clamp(max=longest)
     a = (bs/n).clamp(max=1)
     e = (m-mean)*(var+eps).rsqrt()
     t1 = t+1
-    square1 = torch.lerp(square, e*e, (1/t1).clamp(min=1/32))
-    lag = (e*trace*(a*(2-a)).sqrt()/(square1+1e-12)).clamp(-1, 1)
+    share = (1/t1).clamp(min=1/32)
+    square1 = torch.lerp(square, e*e, share)
+    product = e*trace*(a*(2-a)).sqrt()
+    lag = (product/(square1+1e-12)).clamp(-1, 1)
     step = lag*(t1+100).rsqrt().clamp(min=.01)
-    n1 = (n*(1-step+step*step/2)).clamp(min=bs).clamp(max=longest)
+    n1 = n*(1-step+step*step/2)
+    n1 = n1.clamp(min=bs).clamp(max=longest)
     learns = (count!=0) & (e*e<math.inf) & (v<math.inf)
-    new = torch.where(learns, torch.stack((n1,t1,square1,trace+e-a*trace)), innovations)
-    return a,new
+    new = torch.stack((n1,t1,square1,trace+e-a*trace))
+    return a,torch.where(learns, new, innovations)
 
 # %% ../nbs/01_moments.ipynb #6600dc03
 head_start = 9 # The k below
 
 class AutoMomentum(float):
-    "BatchNorm's `momentum` where nobody has set it: a number for those who read one, and for a running norm its own average over `eval_window` samples"
+    """BatchNorm's `momentum` where nobody has set it: a number for those who read one, and for a
+    running norm its own average over `eval_window` samples"""
     def __repr__(self): return 'auto'
     __str__ = __repr__
 
@@ -140,5 +153,6 @@ def average_share(
     rho:float|Tensor=1., # Share of the batch in the training window, which the average is not to be shorter than
     k:int=head_start, # While young, the average covers about $1/(k+1)$ of the batches so far; 0: all of them, alike
 )->Tensor: # Share of this batch, in [0,1], shaped as `t`
-    "Share $\\min(\\rho, \\max(a, (k+1)/(t+k)))$ of batch number `t` in a long average (Shamir and Zhang, 2013, then exponential)"
+    """Share $\\min(\\rho, \\max(a, (k+1)/(t+k)))$ of batch number `t` in a long average
+    (Shamir and Zhang, 2013, then exponential)"""
     return ((k+1)/(t+k)).clamp(min=a).clamp(max=rho)

@@ -1,4 +1,5 @@
-"Make the site in _docs, without quarto and without the net: `python tools/docs.py`, or `--check` to make it elsewhere and only look for dead links. Needs smalldocs and Python 3.11"
+"""Make the site in _docs, without quarto and without the net: `python tools/docs.py`, or `--check`
+to make it elsewhere and only look for dead links. Needs smalldocs and Python 3.11"""
 import argparse,os,re,shutil,sys,tempfile
 from html import unescape
 from html.parser import HTMLParser
@@ -14,12 +15,14 @@ from nbdev.serve import proc_nbs
 from fastcore.nbio import read_nb,write_nb
 
 root = Path(__file__).resolve().parent.parent
-repo_only = 'speed.json','speed_cuda.json','quality.jsonl','quality_ranks.jsonl' # what notebooks read, and no page links to
+# what notebooks read, and no page links to
+repo_only = 'speed.json','speed_cuda.json','quality.jsonl','quality_ranks.jsonl'
 
 def rename(
     path:Path, # A notebook, as nbdev wrote it for quarto
 )->Path: # `layers.ipynb` for 05_layers.ipynb
-    "Give a notebook its page's name: quarto reads that from `output-file`, smalldocs takes the file's own"
+    """Give a notebook its page's name: quarto reads that from `output-file`, smalldocs takes the
+    file's own"""
     nb = read_nb(path)
     head = nb.cells[0]
     found = re.search(r'^output-file: (.+)\.html\n', head.source, re.M)
@@ -33,19 +36,27 @@ def stage(
     to:Path, # A new folder
 ):
     "Copy what nbdev processed, each notebook under the name that its page has"
-    shutil.copytree(processed, to, ignore=shutil.ignore_patterns('_docs', '.*', *repo_only))
+    ignore = shutil.ignore_patterns('_docs', '.*', *repo_only)
+    shutil.copytree(processed, to, ignore=ignore)
     names = {}
-    for nb in [*to.rglob('*.ipynb')]: names[nb.relative_to(to).as_posix()] = rename(nb).relative_to(to).as_posix()
+    for nb in [*to.rglob('*.ipynb')]:
+        name = nb.relative_to(to).as_posix()
+        names[name] = rename(nb).relative_to(to).as_posix()
     side = to/'sidebar.yml'
     text = side.read_text()
     listed = re.findall(r'\S+\.ipynb', text)
-    missing,unknown = set(names)-set(listed),set(listed)-set(names)
-    if missing or unknown: raise SystemExit(f'nbs/sidebar.yml: without {sorted(missing)}; no such notebook: {sorted(unknown)}')
+    missing = set(names)-set(listed)
+    unknown = set(listed)-set(names)
+    if missing or unknown:
+        raise SystemExit(f'nbs/sidebar.yml: without {sorted(missing)}; '
+            f'no such notebook: {sorted(unknown)}')
     side.write_text(re.sub(r'\S+\.ipynb', lambda m: names[m[0]], text))
     for name in ('_quarto.yml','nbdev.yml'): # smalldocs makes no Markdown
         cfg = yaml.safe_load((to/name).read_text())
         cfg.pop('format-links', None)
-        if 'format' in cfg: cfg['format'] = {'html':{k:v for k,v in cfg['format']['html'].items() if k!='keep-md'}}
+        if 'format' in cfg:
+            html = cfg['format']['html']
+            cfg['format'] = {'html':{k:v for k,v in html.items() if k!='keep-md'}}
         (to/name).write_text(yaml.safe_dump(cfg, sort_keys=False))
 
 class Links(HTMLParser):
@@ -61,6 +72,12 @@ class Links(HTMLParser):
         for k in ('href','src'):
             if a.get(k): self.to.append(a[k])
 
+def _target(page, path, site):
+    "The file that a link with this path leads to, from a page of the site"
+    if not path: return page
+    if path.startswith('/'): return (site.resolve()/path.lstrip('/')).resolve()
+    return (page.parent/unquote(path)).resolve()
+
 def dead_links(
     site:Path, # The site's folder
 )->list: # A line for each
@@ -71,17 +88,20 @@ def dead_links(
         for href in dict.fromkeys(links.to):
             u = urlsplit(href)
             if u.scheme or u.netloc: continue
-            target = p if not u.path else (site.resolve()/u.path.lstrip('/') if u.path.startswith('/') else p.parent/unquote(u.path)).resolve()
+            target = _target(p, u.path, site)
             if target.is_dir(): target = target/'index.html'
             where = p.relative_to(site.resolve()).as_posix()
             if not target.is_file(): dead.append(f'{where}: {href}: no such file')
-            elif u.fragment and target in pages and unquote(u.fragment) not in pages[target].ids: dead.append(f'{where}: {href}: no such anchor')
+            elif u.fragment and target in pages:
+                known = unquote(u.fragment) in pages[target].ids
+                if not known: dead.append(f'{where}: {href}: no such anchor')
     return dead
 
 def unlink(
     site:Path, # The site's folder
 ):
-    "Take away links to what is not on the site: tests; of nbdev's own, the source, where the project has no `Repository`, and exported names that no page documents"
+    """Take away links to what is not on the site: tests; of nbdev's own, the source, where the
+    project has no `Repository`, and exported names that no page documents"""
     ids = {p.resolve():Links(p).ids for p in site.rglob('*.html')}
     for p in ids:
         def kept(m):
@@ -90,16 +110,21 @@ def unlink(
             return m[0] if name in ids.get(target, [name]) else m[3]
         text = re.sub(r'<a href="blob/[^>]*>.*?</a>', '', p.read_text(encoding='utf-8'))
         text = re.sub(r'<a href="\.\./tests/[^>]*>(.*?)</a>', r'<code>\1</code>', text)
-        p.write_text(re.sub(r'<a href="([\w./]+\.html)#(\w+)">(<code>\2</code>)</a>', kept, text), encoding='utf-8')
+        text = re.sub(r'<a href="([\w./]+\.html)#(\w+)">(<code>\2</code>)</a>', kept, text)
+        p.write_text(text, encoding='utf-8')
 
 def render_math(
     site:Path, # The site's folder
 ):
     "TeX as MathML, which browsers show by themselves; smalldocs leaves it to KaTeX from the net"
-    def mathml(m): return convert(unescape(m[2]), display='block' if m[1]=='display' else 'inline')
+    def mathml(m):
+        display = 'block' if m[1]=='display' else 'inline'
+        return convert(unescape(m[2]), display=display)
+    math = r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>'
     for p in site.rglob('*.html'):
         text = p.read_text(encoding='utf-8')
-        p.write_text(re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', mathml, text, flags=re.S), encoding='utf-8')
+        text = re.sub(math, mathml, text, flags=re.S)
+        p.write_text(text, encoding='utf-8')
 
 def make(
     to:Path, # The site's folder, made anew
@@ -118,11 +143,13 @@ def make(
         site.build()
         unlink(to)
         render_math(to)
-        return [*[w for w in site.warnings if 'broken link' not in w], *dead_links(to)]
+        warnings = [w for w in site.warnings if 'broken link' not in w]
+        return [*warnings, *dead_links(to)]
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--check', action='store_true', help='make it in a temporary folder, and only tell what is wrong')
+    p.add_argument('--check', action='store_true',
+        help='make it in a temporary folder, and only tell what is wrong')
     check = p.parse_args().check
     with tempfile.TemporaryDirectory() as d:
         to = Path(d)/'docs' if check else get_config(root).doc_path

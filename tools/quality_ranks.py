@@ -1,4 +1,5 @@
-"""The quality study's small ResNet on several ranks, each with batches of `--bs`, for each `sync` of RunBNCallback; a line of JSON a trial, on a CPU
+"""The quality study's small ResNet on several ranks, each with batches of `--bs`, for each `sync`
+of RunBNCallback; a line of JSON a trial, on a CPU
 
 torchrun --standalone --nproc-per-node 2 tools/quality_ranks.py OUT.jsonl --data PHOTOGRAPHS
 """
@@ -28,25 +29,46 @@ syncs = { # name: sync of RunBNCallback, broadcast_buffers of DDP
 
 def trial(regime, sync, bs, lr, seed, data, epochs):
     "Train on all ranks; rank 0's model on the whole validation set by itself"
-    r,(mode,broadcast),start,scores = regimes[regime],syncs[sync],time.perf_counter(),_Scores()
+    r = regimes[regime]
+    mode,broadcast = syncs[sync]
+    start = time.perf_counter()
+    scores = _Scores()
     set_seed(seed)
     model,dls = r.model(data),r.loaders(bs, data)
-    learn = Learner(dls, model, metrics=r.metric, opt_func=r.opt, cbs=[RunBNCallback(sync=mode),scores])
-    with learn.distrib_ctx(cpu=True, sync_bn=False, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=broadcast)]),learn.no_bar(),learn.no_logging():
+    cbs = [RunBNCallback(sync=mode),scores]
+    learn = Learner(dls, model, metrics=r.metric, opt_func=r.opt, cbs=cbs)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=broadcast)
+    on_ranks = learn.distrib_ctx(cpu=True, sync_bn=False, kwargs_handlers=[ddp])
+    with on_ranks,learn.no_bar(),learn.no_logging():
         r.train(learn, epochs or r.epochs, lr)
     attached = window_sync(learn.model)
     assert (attached.mode if attached else None)==mode
     model = learn.model.eval()
-    with torch.no_grad(): loss,right,n = map(sum, zip(*[(float(learn.loss_func(p := model(x), y))*len(y),float((p.argmax(1)==y).sum()),len(y)) for x,y in learn.dls.valid]))
+    def of_batch(x, y):
+        "Its loss, how many are right, and how many there are"
+        p = model(x)
+        loss = float(learn.loss_func(p, y))*len(y)
+        return loss,float((p.argmax(1)==y).sum()),len(y)
+    with torch.no_grad():
+        batches = [of_batch(x, y) for x,y in learn.dls.valid]
+    loss,right,n = map(sum, zip(*batches))
+    mean_loss = loss/n if math.isfinite(loss) else None
+    seconds = round(time.perf_counter()-start, 1)
     world = dist.get_world_size()
-    return dict(regime=regime, norm=f"ours, sync={sync}", sync=sync, ranks=world, bs=bs, lr=lr, seed=seed, score=right/n, curve=scores.values, loss=loss/n if math.isfinite(loss) else None,
-                seconds=round(time.perf_counter()-start, 1), epochs=epochs or r.epochs)
+    return dict(regime=regime, norm=f"ours, sync={sync}", sync=sync, ranks=world,
+        bs=bs, lr=lr, seed=seed,
+        score=right/n, curve=scores.values, loss=mean_loss,
+        seconds=seconds, epochs=epochs or r.epochs)
+
+apart = 'regime','sync','ranks','bs','lr','seed','epochs' # what tells trials apart
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out', help='file of JSON lines; trials that are in it are not run again')
     p.add_argument('--data', help='folder or tar of photographs, as `photos_dls` takes it')
-    p.add_argument('--regime', default='R2', choices=[k for k,r in regimes.items() if not r.accumulate and k!='R4'])
+    choices = [k for k,r in regimes.items() if not r.accumulate and k!='R4']
+    p.add_argument('--regime', default='R2', choices=choices)
     p.add_argument('--syncs', default='step,layer,None', help=f'of {", ".join(syncs)}')
     p.add_argument('--rates', default=None, help="learning rates; default: the regime's")
     p.add_argument('--seeds', type=int, default=3)
@@ -56,18 +78,26 @@ def main():
     torch.set_num_threads(1)
     DistributedDL._broadcast = on_a_cpu
     dist.init_process_group('gloo')
-    rank,rates = dist.get_rank(),[float(o) for o in a.rates.split(',')] if a.rates else regimes[a.regime].rates
+    rank,world = dist.get_rank(),dist.get_world_size()
+    rates = regimes[a.regime].rates
+    if a.rates: rates = [float(o) for o in a.rates.split(',')]
+    epochs = a.epochs or regimes[a.regime].epochs
     out = Path(a.out)
-    done = [[(o['regime'],o['sync'],o['ranks'],o['bs'],o['lr'],o['seed'],o['epochs']) for o in map(json.loads, out.read_text().splitlines())] if out.exists() else []]
+    lines = out.read_text().splitlines() if out.exists() else []
+    rows = map(json.loads, lines)
+    done = [[tuple(o[k] for k in apart) for o in rows]]
     dist.broadcast_object_list(done, 0)
     for seed in range(a.seeds):
         for lr in rates:
             for sync in a.syncs.split(','):
-                if (a.regime,sync,dist.get_world_size(),a.bs,lr,seed,a.epochs or regimes[a.regime].epochs) in done[0]: continue
-                row = trial(a.regime, sync, a.bs, lr, seed, a.data, a.epochs)
+                if (a.regime,sync,world,a.bs,lr,seed,epochs) in done[0]: continue
+                row = trial(a.regime, sync, a.bs, lr, seed,
+                    data=a.data, epochs=a.epochs)
                 if rank==0:
-                    with open(out, 'a') as f: f.write(json.dumps(row)+'\n')
-                    print({k:v for k,v in row.items() if k!='curve'}, flush=True)
+                    with open(out, 'a') as f:
+                        f.write(json.dumps(row)+'\n')
+                    shown = {k:v for k,v in row.items() if k!='curve'}
+                    print(shown, flush=True)
                 dist.barrier() # rank 0 may have had more to do
     dist.destroy_process_group()
 
