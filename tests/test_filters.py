@@ -2,7 +2,7 @@
 import pytest,timm,torch
 from torch import nn
 from fastai_runbn.all import to_runbn
-from fastai_runbn.filters import FilterMeans,_followers
+from fastai_runbn.filters import FilterMeans,next_layers
 
 def drawn(net):
     filters = {n:p.detach() for n,p in net.named_parameters() if p.ndim>2}
@@ -88,7 +88,7 @@ def first_taker(model, x, layer):
 @torch.no_grad()
 def test_what_follows_a_convolution_is_what_takes_its_output(name):
     model = timm.create_model(name).eval()
-    x,followers = torch.randn(1,3,64,64),_followers(model)
+    x,followers = torch.randn(1,3,64,64),next_layers(model)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     names = {m:n for n,m in model.named_modules()}
     got = {names[m]:names.get(followers[m]) for m in convs}
@@ -131,7 +131,7 @@ def test_a_trace_leaves_nothing_behind():
         m.register_forward_pre_hook(lambda *args: called.append('before'))
     before = {m:dict(vars(m)) for m in model.modules()}
     drawn = torch.get_rng_state()
-    assert _followers(model)[busy.conv] is busy.norms[0]
+    assert next_layers(model)[busy.conv] is busy.norms[0]
     assert torch.equal(torch.get_rng_state(), drawn)
     assert (called,busy.list,busy.dict,busy.calls)==([],[],{},0)
     for m,attributes in before.items():
@@ -163,4 +163,4 @@ def test_what_cannot_be_traced_counts_as_it_is_registered():
     class OnValues(nn.Sequential):
         def forward(self, x): return super().forward(x if x.mean()>0 else -x)
     net = OnValues(nn.Conv2d(4,4,1), nn.BatchNorm2d(4), nn.Conv2d(4,4,1))
-    assert [*_followers(net).values()]==[net[1],net[2],None]
+    assert [*next_layers(net).values()]==[net[1],net[2],None]
