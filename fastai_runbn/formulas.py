@@ -43,13 +43,13 @@ class Step(NamedTuple):
     weight:float|Tensor # Weight $a$ of the batch in the window, in (0,1]; a tensor: scalar or `(C,)`
     average:float|Tensor|None=None # Weight in the full average; `None`: the average is the window
     momentum:float|None=auto_momentum # BatchNorm's, where it was set; `None`: a cumulative average
-    running_grad:float|Tensor=0. # Share of the running gradient that is paid, in [0,1]
+    running_grad:float|Tensor=0. # Share of the running gradient that counts, in [0,1]
     eps:float=1e-5      # Added to the variance
     clamped:bool=True   # Is there a floor under the variance?
     inclusive:bool=False # Look the floor up with this batch's samples counted in?
     update:bool=True    # Update the state?
     act:str=None        # Activation of the result: 'relu', 'silu' or none
-    clip:float=4.       # Of what is owed in the scale, a batch pays `clip` over the mean square …
+    clip:float=4.       # Of the running term of the scale, `clip` over the mean square counts …
     clip_max:float=1.   # … of its normalised values, and this at most
     longest:float|None=None # Most samples of an adaptive window; `None`: a batch has its `weight`
 
@@ -119,7 +119,7 @@ def clip_factor(
     saved:Saved, # With a variance that is not below the floor
     step:Step, # With `clip` and `clip_max`
 )->Tensor: # In (0,`clip_max`], `(C,)`
-    r"What a batch pays of what is owed in the scale: $\min(1, 4/\overline{\hat x^2})$ by default"
+    r"How much of the running term of the scale counts: $\min(1, 4/\overline{\hat x^2})$ by default"
     d = saved.batch_mean-saved.mean
     square = torch.addcmul(saved.batch_var, d, d)
     mean_square = square/(saved.var+step.eps)
@@ -218,8 +218,9 @@ def react(
     if not torch.is_tensor(step.running_grad) and step.running_grad==0: return own
     left = running*(1-s.share*s.unpaid)
     clipped = torch.stack((torch.ones_like(s.factor), s.factor))
-    owed = left*(s.unpaid*step.running_grad)*clipped
-    G = own+(owed if scale is None else owed*scale)
+    running_term = left*(s.unpaid*step.running_grad)*clipped
+    if scale is not None: running_term = running_term*scale
+    G = own+running_term
     if step.update:
         new = left+(own if scale is None else own/scale)
         running.copy_(torch.where(g.abs()<math.inf, new, running))

@@ -241,7 +241,7 @@ class RunningNorm(Function):
             y[0],saved = call.how.forward(x, weight, bias, call.state, call.step)
         if call.step.act is None: bias = None # which only the activation's slope depends on
         if compiling: ctx.save_for_backward(x, weight, bias, saved)
-        else: # `saved` stays what it is, whatever hooks do to saved tensors: it says what is owed
+        else: # `saved` stays what it is, whatever hooks do to saved tensors: a backward marks it
             ctx.save_for_backward(x, weight, bias)
             ctx.saved = saved
         return y[0]
@@ -318,7 +318,7 @@ def running_batch_norm(
     weight:Tensor=None, # Scale $\\gamma$ `(C,)`
     bias:Tensor=None, # Shift $\\beta$ `(C,)`
     a:float|Tensor=0.1, # Weight of this batch in the window, in (0,1]
-    running_grad:float|Tensor=0., # Share of the running gradient that is paid, in [0,1]
+    running_grad:float|Tensor=0., # Share of the running gradient that counts, in [0,1]
     window_grad:Tensor=None, # The running gradient `(2,C)`, updated in place by backward
     floor:Tensor=None, # Least variance to normalise with, a scalar or `(C,)`
     eps:float=1e-5, # Added to the variance

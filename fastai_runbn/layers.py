@@ -90,7 +90,7 @@ class RecentBatches:
         m:Tensor, # Mean of the batch, `(C,)`
         v:Tensor, # Its biased variance
     )->tuple: # Of `Saved`, `(7,C)`, and what to do once its backward has paid, or `None`
-        "What the batch most like this was normalised with, and what is owed for it"
+        "What the batch most like this was normalised with, and what to call after its backward"
         batches = [s[4:6] for s in self.saved]
         batches.append(torch.stack((m, v)))
         there = torch.stack(batches)
@@ -402,9 +402,9 @@ class RunningBatchNormMixin(WindowBuffers):
         return _step(bs, *sizes, window, self.running_grad,
             momentum=self.momentum, eval_window=self.eval_window, eps=self.eps,
             clamped=bool(self.clamp), inclusive=self.clamp_inclusive,
-            update=not self.is_held(), act=act)
+            update=not self.is_frozen(), act=act)
 
-    def is_held(self)->bool:
+    def is_frozen(self)->bool:
         "Do training forwards leave all state as it is? By `momentum=0`, or without tracking"
         return not self.track_running_stats or self.momentum is not None and self.momentum==0
 

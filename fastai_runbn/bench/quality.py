@@ -167,7 +167,7 @@ def _ours(model, steps, *more, **settings):
     return [RunBNCallback(**settings), *[cb() for cb in more]]
 
 variants = {f'ours, {name}':change for name,change in { # chkstyle: ignore-node, a table
-    'filters free':partial(_ours, keep_means=False),
+    'means not kept':partial(_ours, keep_means=False),
     'filters at zero':lambda model, steps: _ours(centre_convs(model), steps, keep_means=False),
     'filters as drawn':lambda model, steps: _ours(model, steps, KeepDrawn, keep_means=False),
     'running_grad 0':partial(_ours, running_grad=0., keep_means=True),
@@ -300,7 +300,7 @@ _kept_means = tuple(n for n in contenders if n.endswith('means kept'))
 _main = 'BatchNorm','GroupNorm','GroupNorm + WS','BatchRenorm','MABN','lesson 10','ours'
 _no_ws = tuple(n for n in _main if n!='GroupNorm + WS') # which is for two dimensions
 _all = (*_main,'BatchNorm, momentum .01','BatchNorm, recomputed','MABN, not centred')
-_axes = (*_kept_means,'InstanceNorm','ours, filters free') # with a regime's first batch size only
+_axes = (*_kept_means,'InstanceNorm','ours, means not kept') # with a regime's first batch size only
 _mobile = (*_axes,'ours, GroupNorm on small maps')
 _in_use = 'BatchNorm','BatchNorm, frozen','GroupNorm','ours' # on backbones
 _tried = tuple(variants)[:-2] # the last two are for small maps and for R4
@@ -316,7 +316,7 @@ _photographs = dict(_others, loaders=partial(_photos, 1500), data='images')
 _clothes = dict(_photographs, by_name=True)
 _volumes = dict(_others, loaders=lambda bs, data: volumes_dls(data, bs),
     sizes=(1,2,8), norms=(*_no_ws,'InstanceNorm'),
-    variants=(*_kept_means,'ours, filters free'),
+    variants=(*_kept_means,'ours, means not kept'),
     data='volumes', metric=LabelDice())
 _backbone = dict(_adam_cycle, rates=(3e-4,1e-3,3e-3),
     sizes=(1,2,8), norms=_in_use, data='roads')
@@ -379,7 +379,7 @@ regimes = { # chkstyle: ignore-node, a table
         rates=(3e-3,1e-2,3e-2),
         sizes=(2,),
         norms=_fine_tuned,
-        variants=('BatchNorm, means kept','BatchRenorm, means kept','ours, filters free',
+        variants=('BatchNorm, means kept','BatchRenorm, means kept','ours, means not kept',
             'ours, windows empty at first'),
         splitter=body_and_head,
         data='images'),
@@ -705,7 +705,7 @@ _looks = { # chkstyle: ignore-node, a table
     'InstanceNorm, means kept':('#999999','P','-.'), 'BatchRenorm':('#e69f00','D','-'),
     'BatchRenorm, means kept':('#e69f00','P','-.'), 'MABN':('#cc79a7','P','-'),
     'MABN, means kept':('#cc79a7','D','-.'), 'MABN, not centred':('#cc79a7','X','--'),
-    'lesson 10':('#56b4e9','d','-'), 'ours, filters free':('#0072b2','X','--'),
+    'lesson 10':('#56b4e9','d','-'), 'ours, means not kept':('#0072b2','X','--'),
     'ours':('#0072b2','*','-')}
 
 def _figure(df, title, path, draw, *, xlabel, ylabel, log=None, ticks=()):
