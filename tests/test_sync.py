@@ -63,6 +63,13 @@ def test_classes_stand_whole():
         patched = re.findall(r'@patch.*\n(?:@.*\n)*def \w+\((?:self|cls):(\w+)', text)
         assert not own&{*patched}, f'{name}: {own&{*patched}}'
 
+density = tool('counts')
+
+@pytest.mark.parametrize('folder', ['fastai_runbn','fastai_runbn/bench','tests','tools'])
+def test_lines_are_light(folder):
+    found = density.counts(folder)
+    assert {k:v for k,v in found.items() if v>density.limits[k]}=={}, 'see python tools/counts.py'
+
 def test_notebooks_are_clean(copy):
     nbdev('clean', copy)
     for p in notebooks:

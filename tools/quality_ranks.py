@@ -11,7 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from fastai.basics import Learner,accuracy,set_seed
 from fastai.distributed import DistributedDL
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fastai_runbn.bench.quality import regimes,_Scores
+from fastai_runbn.bench.quality import regimes,ScoreRecorder
 from fastai_runbn.callback import RunBNCallback
 from fastai_runbn.distributed import window_sync
 
@@ -32,7 +32,7 @@ def trial(regime, sync, bs, lr, seed, data, epochs):
     r = regimes[regime]
     mode,broadcast = syncs[sync]
     start = time.perf_counter()
-    scores = _Scores()
+    scores = ScoreRecorder()
     set_seed(seed)
     model,dls = r.model(data),r.loaders(bs, data)
     cbs = [RunBNCallback(sync=mode),scores]

@@ -473,7 +473,7 @@ def _losses(learn, bs, n=256):
 
 def _finite(o): return o if math.isfinite(o) else None
 
-class _Scores(Callback):
+class ScoreRecorder(Callback):
     "The metric after each epoch, over several fits"
     order = 60
     def __init__(self): self.values = []
@@ -518,7 +518,7 @@ def trial(
         seconds=None, note='')
     start = time.perf_counter()
     learn = make_learner(regime, norm, bs, seed, data, epochs)
-    scores = _Scores()
+    scores = ScoreRecorder()
     learn.add_cb(scores)
     try:
         with learn.no_bar(),learn.no_logging():
