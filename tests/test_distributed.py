@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest,torch
 from torch import nn
 from fastai_runbn.distributed import sync_window,window_sync
-from fastai_runbn.layers import LESSON10,RunningBatchNorm2d
+from fastai_runbn.layers import LESSON10
 from fastai_runbn.moments import AdaptiveWindow
 import ranked
 from delayed import DelayedNorm,delayed,train_delayed

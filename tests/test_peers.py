@@ -146,7 +146,6 @@ class MABNStatement:
         self.chi2s,self.psis = [],[]
         self.ema,self.t = np.ones(C),0
     def average(self, values):
-        values.append(values.pop())
         if self.t<=max(self.window,self.warmup): return values[-1]
         return sum(values[-self.window:])/self.window
     def step(self, x, w, b, dy):
