@@ -14,7 +14,7 @@ class _Nothing:
 _seen,_patch_lang = set(),interpreter._patch_lang
 def patch_once(fn):
     "The interpreter patches Triton's language at each call, in 10 ms; once is enough"
-    new = {n for n in ('tl','core') if n in fn.__globals__}-_seen
+    new = ({'tl','core'} & fn.__globals__.keys())-_seen
     if new: _patch_lang(fn)
     _seen.update(new)
     return _Nothing()
@@ -22,12 +22,16 @@ interpreter._patch_lang = patch_once
 
 def smaller(b, block, chunks):
     "Blocks with `block` values a program, and as many chunks"
-    b = b._replace(block=block, channels=2 if b.last else 1, one=b.M<=block and chunks==1)
+    b = b._replace(block=block, channels=2 if b.last else 1)
+    b = b._replace(one=b.M<=block and chunks==1)
     if chunks==1: return b._replace(chunk=b.M, chunks=1)
-    chunk = math.ceil(math.ceil(b.M/chunks)/block)*block
+    blocks = math.ceil(math.ceil(b.M/chunks)/block) # of a chunk
+    chunk = blocks*block
     return b._replace(chunk=chunk, chunks=math.ceil(b.M/chunk))
 
-def part_of(b, n): return triton.next_power_of_2(max(2, b.M//n))
+def part_of(b, n):
+    "One of `n` parts of a channel's values, as a block"
+    return triton.next_power_of_2(max(2, b.M//n))
 plans = {'as planned':lambda b: b,
     'loop':lambda b: smaller(b, part_of(b, 3), 1),
     'split':lambda b: smaller(b, part_of(b, 6), 3),
@@ -37,8 +41,9 @@ plans = {'as planned':lambda b: b,
 def planned(how):
     "Blocks as one of `plans` has them"
     own = cuda.blocks
+    def blocks(*args): return plans[how](own(*args))
     cuda.plan_of.cache_clear()
-    with patch.object(cuda, 'blocks', lambda *args: plans[how](own(*args))): yield
+    with patch.object(cuda, 'blocks', blocks): yield
     cuda.plan_of.cache_clear()
 
 @contextmanager
@@ -47,7 +52,8 @@ def on_the_cpu():
     kernels = cuda.TritonKernels
     def fits(cls, x, state):
         known = x.dtype in cuda.dtypes and state.mean.dtype is torch.float32
-        return known and not cls.broken and state.floors.ndim==1 and x.numel()>0
+        one_floor = state.floors.ndim==1 # for all channels
+        return known and not cls.broken and one_floor and x.numel()>0
     def implementation(x, state, backend='auto'):
         return kernels if kernels.fits(x, state) else functional.Formulas
     with (patch.object(kernels, 'fits', classmethod(fits)),
@@ -66,8 +72,8 @@ def launches():
 @contextmanager
 def last_first():
     "Programs of a launch run in the opposite order"
-    run = interpreter.interpreter_builder.set_grid_idx
-    def opposite(x, y, z):
-        a,b,c = interpreter.interpreter_builder.grid_dim
-        return run(a-1-x, b-1-y, c-1-z)
-    with patch.object(interpreter.interpreter_builder, 'set_grid_idx', opposite): yield
+    builder = interpreter.interpreter_builder
+    run = builder.set_grid_idx
+    def opposite(*idx):
+        return run(*[n-1-i for n,i in zip(builder.grid_dim, idx)])
+    with patch.object(builder, 'set_grid_idx', opposite): yield

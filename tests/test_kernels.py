@@ -1,40 +1,45 @@
 """The C kernels beside the formulas in float64: whole calls and parts of them, any form and memory
 layout of what comes in, threads, forks, instruction sets, and that they write where they may"""
-import copy,os,shutil,subprocess,sys,threading
+import copy,ctypes,os,shutil,subprocess,sys,threading
 from pathlib import Path
 import pytest,torch
 from hypothesis import given
-from torch import nn
+from torch import randn
 from fastai_runbn.formulas import Formulas,KeptStep,State,Step
 from fastai_runbn.kernels import cpu
 from fastai_runbn.kernels.cpu import Kernels
-from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d
+from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.moments import AdaptiveWindow
 from impls import backends,names,needs_kernels
 from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,
     check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,
     near,new_state,same,statistics_dtype,tols)
 
+parametrize = pytest.mark.parametrize
 root = Path(cpu.__file__).resolve().parent
-each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])
-each_dtype = pytest.mark.parametrize('dtype', list(tols), ids=str)
-each_type = pytest.mark.parametrize('dtype', [T64,T32,B16], ids=str) # of the kernels: no float16
+each_layout = parametrize('layout', ['contiguous','last'])
+each_dtype = parametrize('dtype', list(tols), ids=str)
+each_type = parametrize('dtype', [T64,T32,B16], ids=str) # of the kernels: no float16
 
 @needs_kernels
 @given(**calls)
 def test_every_call_is_the_formulas(**kw): check_calls(Kernels, **kw)
 
 @needs_kernels
-@pytest.mark.parametrize('form,layout', [((8,9,9),'contiguous'),((8,37),'last')], ids=str)
+@parametrize('form,layout', [((8,9,9),'contiguous'), ((8,37),'last')], ids=str)
 @each_type
-@pytest.mark.parametrize('longest', [None,60.])
+@parametrize('longest', [None,60.])
 def test_300_steps(longest, dtype, layout, form):
     "Settings as a layer's, batch sizes that change, the floor from over to under the variance"
-    pair = Pair(form[0], dtype, floors=[.5]*20+[.01]*40)
-    for i,bs in enumerate(torch.randint(1, 9, (300,)).tolist()):
-        step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3,
-                    longest=longest)
-        pair.step(activations((bs,*form), dtype, layout), step, layout, at=f'step {i}')
+    floors = [.5]*20+[.01]*40
+    pair = Pair(form[0], dtype, floors=floors)
+    sizes = torch.randint(1, 9, (300,)).tolist()
+    for i,bs in enumerate(sizes):
+        weight,average = [min(1., bs/n) for n in (60,200)]
+        step = Step(bs, weight, average,
+            running_grad=1., eps=1e-3, longest=longest)
+        x = activations((bs,*form), dtype, layout)
+        pair.step(x, step, layout, at=f'step {i}')
 
 @needs_kernels
 @each_layout
@@ -45,11 +50,15 @@ def test_a_variance_that_overflows(): check_overflow(Kernels)
 
 @pytest.fixture(params=[0,1,2], ids=['base','avx2','avx512'])
 def instruction_set(request, monkeypatch):
+    "Kernels use this one, where the processor has it"
     if request.param>cpu.instruction_set: pytest.skip('this processor does not have it')
     monkeypatch.setattr(cpu, 'instruction_set', request.param)
     return request.param
 
-forms = [(3,5,7,7),(2,130,5,4),(4,6),(1,300,2,2),(2,64,16,16),(2,3,100,90),(2,33,31),(5,7,9,8,2)]
+forms = [(3,5,7,7), (2,130,5,4),
+    (4,6), (1,300,2,2),
+    (2,64,16,16), (2,3,100,90),
+    (2,33,31), (5,7,9,8,2)]
 
 @needs_kernels
 @each_layout
@@ -61,129 +70,166 @@ def test_every_instruction_set(instruction_set, dtype, layout):
             for i in range(2):
                 x = activations(form, dtype, layout)
                 if i: # one batch, though its channels are worked on apart
-                    for c in (1,-1): x[0,c].view(-1)[0] = float('nan')
-                step = Step(form[0], .3, .02, running_grad=1., eps=1e-3, act=act)
+                    for c in (1,-1):
+                        x[0,c].view(-1)[0] = float('nan')
+                step = Step(form[0], .3, .02,
+                    running_grad=1., eps=1e-3, act=act)
                 pair.step(x, step, layout, 2, scale=2., at=f'{form}, {act}, step {i}')
 
 @needs_kernels
 @each_layout
-@pytest.mark.parametrize('act', [None,'relu','silu'])
+@parametrize('act', [None,'relu','silu'])
 def test_bfloat16_is_float32_rounded_to_the_nearest(act, layout):
     "To the bit: both are computed alike, and rounded once"
     a,b = [narrow(new_state(67, trained=1), T32) for _ in range(2)]
-    b = b._replace(**{k:getattr(a, k).clone() for k in State._fields})
-    w,bias = torch.randn(67),torch.randn(67)
+    b = State(*[t.clone() for t in a])
+    affine = randn(67),randn(67)
     x = activations((4,67,9,11), B16, layout)
-    x[0,3,0,0],x[1,5,2,2] = float('nan'),float('inf')
-    dy,step = gradients(x, layout),Step(4, .3, running_grad=1., act=act)
-    y,saved = Kernels.forward(x, w, bias, a, step)
-    y32,saved32 = Kernels.forward(x.float(), w, bias, b, step)
-    dx,*sums = Kernels.backward(dy, x, w, bias, saved, a.grad, step)
-    dx32,*sums32 = Kernels.backward(dy.float(), x.float(), w, bias, saved32, b.grad, step)
-    same(y, y32.bfloat16(), 'y'); same(dx, dx32.bfloat16(), 'dx'); same(saved, saved32, 'saved')
-    assert y.isnan().any() and (dx32.bfloat16().float()!=dx32).any()
-    for have,want in zip((*sums,*a), (*sums32,*b)): same(have, want, 'sums and state')
+    x[0,3,0,0] = float('nan')
+    x[1,5,2,2] = float('inf')
+    dy = gradients(x, layout)
+    step = Step(4, .3, running_grad=1., act=act)
+    y,saved = Kernels.forward(x, *affine, a, step)
+    dx,*sums = Kernels.backward(dy, x, *affine, saved, a.grad, step)
+    x32,dy32 = x.float(),dy.float()
+    y32,saved32 = Kernels.forward(x32, *affine, b, step)
+    dx32,*sums32 = Kernels.backward(dy32, x32, *affine, saved32, b.grad, step)
+    same(y, y32.bfloat16(), 'y')
+    same(dx, dx32.bfloat16(), 'dx')
+    same(saved, saved32, 'saved')
+    assert y.isnan().any()
+    assert (dx32.bfloat16().float()!=dx32).any() # something was rounded
+    for have,want in zip((*sums,*a), (*sums32,*b)):
+        same(have, want, 'sums and state')
 
 @needs_kernels
 @each_layout
 def test_bfloat16_ties_go_to_even_and_nan_stays_nan(instruction_set, layout):
     "Halfway between two values, which what is computed from random numbers never is"
-    ties,nan = torch.arange(128)/128+1,torch.tensor([2**31-1]).int().view(T32) # rounds to -0, if up
-    x = ties.bfloat16().repeat(3).view(1,3,16,8)[...,:15,:] # 120 values: vectors and a rest
-    if layout=='last': x = ties.bfloat16()[:120].view(1,120,1,1).expand(1,120,3,1).clone()
-    x,C,step = laid_out(x, layout),x.shape[1],Step(1, 1., eps=0.)
-    saved = torch.tensor([0.,1,1,1,0,1,1]).view(7,1).repeat(1,C)
-    half,G = torch.full((C,), 2.**-8),torch.stack((torch.full((C,), -2.**-8),torch.zeros(C)))
+    neighbours = (torch.arange(128)/128+1).bfloat16()
+    # 120 values: vectors and a rest
+    x = neighbours.repeat(3).view(1,3,16,8)[...,:15,:]
+    if layout=='last':
+        pixel = neighbours[:120].view(1,120,1,1)
+        x = pixel.expand(1,120,3,1).clone()
+    x,C = laid_out(x, layout),x.shape[1]
+    step = Step(1, 1., eps=0.)
+    saved = torch.tensor([0.,1,1,1,0,1,1])
+    saved = saved.view(7,1).repeat(1,C)
+    half = torch.full((C,), 2.**-8)
     want = (x.float()+2**-8).bfloat16()
     assert (want>x).any() and (want==x).any()
-    same(Kernels.normalize(x, None, half, saved, step), want, 'y')
-    same(Kernels.dx(x, x, None, None, saved, G, step), want, 'dx')
-    assert Kernels.normalize(x, None, nan.expand(C), saved, step).isnan().all()
+    y = Kernels.normalize(x, None, half, saved, step)
+    same(y, want, 'y')
+    G = torch.stack((-half, torch.zeros(C)))
+    dx = Kernels.dx(x, x, None, None, saved, G, step=step)
+    same(dx, want, 'dx')
+    nan = torch.tensor([2**31-1]).int().view(T32) # rounds to -0, if up
+    y = Kernels.normalize(x, None, nan.expand(C), saved, step)
+    assert y.isnan().all()
 
 # ------------------------------------------------------------------------------- parts of calls
 @needs_kernels
 @each_layout
 @each_dtype
-@pytest.mark.parametrize('act', [None,'relu','silu'])
+@parametrize('act', [None,'relu','silu'])
 def test_parts_are_the_whole(dtype, layout, act):
     for form in forms:
         C,T = form[1],statistics_dtype(dtype)
-        a,affine = narrow(new_state(C, floors=[.5]*99), T),torch.randn(2, C, dtype=T)
-        b,step = narrow(a, T),Step(form[0], .3, .02, None, .5, act=act)
+        a = narrow(new_state(C, floors=[.5]*99), T)
+        affine = randn(2, C, dtype=T)
+        b = narrow(a, T)
+        step = Step(form[0], .3, .02, None, .5, act=act)
         for _ in range(2):
             x = activations(form, dtype, layout)
             dy = gradients(x, layout)
             y,saved = Kernels.forward(x, *affine, a, step)
             saved2 = Kernels.statistics(x, b, step)
-            same(saved2, saved, 'saved'); same(Kernels.normalize(x, *affine, saved2, step), y, 'y')
-            for have,want in zip(Kernels.moments(x), saved[4:6]): same(have, want, 'moments')
-            dx,dw,db = Kernels.backward(dy, x, *affine, saved, a.grad, step, 2.)
-            same(Kernels.sums(dy, x, *affine, saved2, step), torch.stack((db, dw)), 'sums')
-            G,sums = Kernels.reaction(dy, x, *affine, saved2, b.grad, step, 2.)
-            same(sums, torch.stack((db, dw)), 'sums of the reaction')
-            same(Kernels.dx(dy, x, *affine, saved2, G, step), dx, 'dx')
+            same(saved2, saved, 'saved')
+            same(Kernels.normalize(x, *affine, saved2, step), y, 'y')
+            for have,want in zip(Kernels.moments(x), saved[4:6]):
+                same(have, want, 'moments')
+            dx,dw,db = Kernels.backward(dy, x, *affine, saved, a.grad, step, scale=2.)
+            want = torch.stack((db, dw))
+            same(Kernels.sums(dy, x, *affine, saved2, step), want, 'sums')
+            G,sums = Kernels.reaction(dy, x, *affine, saved2, b.grad, step, scale=2.)
+            same(sums, want, 'sums of the reaction')
+            dx2 = Kernels.dx(dy, x, *affine, saved2, G, step)
+            same(dx2, dx, 'dx')
             same(saved2, saved, 'saved after the backward')
-            for name,have,want in zip(State._fields, b, a): same(have, want, name)
+            for name,have,want in zip(State._fields, b, a):
+                same(have, want, name)
 
 # --------------------------------------------------------------------------- odd things that come
 def dense(t): return t.detach().clone(memory_format=torch.contiguous_format)
 
 def check_odd(x, dy, weight=None, bias=None):
     "Kernels with these against formulas in float64 with the same values"
-    exact,step = new_state(x.shape[1], trained=1),Step(len(x), .3, .1, running_grad=1., eps=1e-3)
-    state,kept = narrow(exact, statistics_dtype(x.dtype)),(dense(x),dense(dy))
-    x64,dy64,*wide = [t if t is None else dense(t).double() for t in (x,dy,weight,bias)]
-    y,saved = Kernels.forward(x, weight, bias, state, step)
-    y64,saved64 = Formulas.forward(x64, *wide, exact, step)
-    grads = Kernels.backward(dy, x, weight, bias, saved, state.grad, step)
-    grads64 = Formulas.backward(dy64, x64, *wide, saved64, exact.grad, step)
+    exact = new_state(x.shape[1], trained=1)
+    step = Step(len(x), .3, .1, running_grad=1., eps=1e-3)
+    state = narrow(exact, statistics_dtype(x.dtype))
+    kept = dense(x),dense(dy)
+    affine = weight,bias
+    x64,dy64,*affine64 = [t if t is None else dense(t).double()
+        for t in (x,dy,*affine)]
+    y,saved = Kernels.forward(x, *affine, state, step)
+    y64,saved64 = Formulas.forward(x64, *affine64, exact, step)
+    grads = Kernels.backward(dy, x, *affine, saved, state.grad, step)
+    grads64 = Formulas.backward(dy64, x64, *affine64, saved64, exact.grad, step)
     tol,half = tols[x.dtype],halves[x.dtype]
     near(y, y64, tol, 'y', half)
-    for name,have,want in zip(('dx','dw','db'), grads, grads64): near(have, want, tol, name, half)
-    for name,have,want in zip(State._fields, state, exact): near(have, want, tol, name)
-    same(x, kept[0], 'x'); same(dy, kept[1], 'dy')
+    for name,have,want in zip(('dx','dw','db'), grads, grads64):
+        near(have, want, tol, name, half)
+    for name,have,want in zip(State._fields, state, exact):
+        near(have, want, tol, name)
+    same(x, kept[0], 'x')
+    same(dy, kept[1], 'dy')
+
+def strided(n, size, stride):
+    "Of `n` random values in memory"
+    return lambda: randn(n).as_strided(size, stride)
 
 odd = {
-    '1x1 maps, channels last': lambda: laid_out(torch.randn(2,8,1,1), 'last'),
-    '1x1 maps, any stride there': lambda: torch.randn(64).as_strided((2,8,1,1), (8,1,5,3)),
-    '1x1 maps, channels apart': lambda: torch.randn(200).as_strided((2,8,1,1), (80,9,1,1)),
-    'one sample, any stride': lambda: torch.randn(400).as_strided((1,8,5,5), (7,25,5,1)),
-    'one sample, channels last': lambda: torch.randn(400).as_strided((1,8,5,5), (3,1,40,8)),
-    'one channel, channels last': lambda: laid_out(torch.randn(3,1,5,5), 'last'),
-    'one channel, any stride': lambda: torch.randn(75).as_strided((3,1,5,5), (25,11,5,1)),
-    'one row': lambda: torch.randn(2,8,1,5).transpose(2,3),
-    'one row, any stride': lambda: torch.randn(80).as_strided((2,8,1,5), (40,5,99,1)),
-    'one value': lambda: torch.randn(9).as_strided((1,1,1,1), (4,3,2,9)),
-    'one row of an array': lambda: torch.randn(90).as_strided((1,8), (50,1)),
-    'one column': lambda: torch.randn(30).as_strided((7,1), (4,1)),
-    'a column of length 1': lambda: torch.randn(24).as_strided((3,8,1), (8,1,17)),
-    'rows, channels last': lambda: torch.randn(3,9,8).mT,
-    'a map of rows': lambda: torch.randn(1,8,9).mT.contiguous().mT,
-    'every second pixel': lambda: torch.randn(2,8,9,9)[...,::2,::2],
-    'some channels': lambda: torch.randn(2,12,5,5)[:,3:11],
-    'some channels of channels last': lambda: laid_out(torch.randn(2,12,5,5), 'last')[:,3:11],
-    'a column of rows': lambda: torch.randn(6,20)[:,5:13],
-    'from the middle': lambda: torch.randn(401)[1:].view(2,8,5,5),
-    'expanded samples': lambda: torch.randn(1,8,5,5).expand(3,-1,-1,-1),
-    'expanded pixels': lambda: torch.randn(3,8,1,1).expand(-1,-1,5,5),
-    'overlapping': lambda: torch.randn(2,8,30).unfold(2, 5, 2),
-    'depth last': lambda: torch.randn(2,4,5,3,8).permute(0,4,2,3,1),
-    'channels last, 3-d': lambda: laid_out(torch.randn(2,8,3,4,5), 'last'),
-    'one slice, 3-d': lambda: laid_out(torch.randn(2,8,1,4,1), 'last'),
-    '6-d': lambda: torch.randn(2,8,2,3,2,2),
-    'negated, not yet computed': lambda: torch._neg_view(torch.randn(2,8,5,5)),
-    'imaginary, of a conjugate': lambda: torch.randn(2,8,5,5, dtype=torch.cfloat).conj().imag,
-}
+    '1x1 maps, channels last': lambda: laid_out(randn(2,8,1,1), 'last'),
+    '1x1 maps, any stride there': strided(64, (2,8,1,1), (8,1,5,3)),
+    '1x1 maps, channels apart': strided(200, (2,8,1,1), (80,9,1,1)),
+    'one sample, any stride': strided(400, (1,8,5,5), (7,25,5,1)),
+    'one sample, channels last': strided(400, (1,8,5,5), (3,1,40,8)),
+    'one channel, channels last': lambda: laid_out(randn(3,1,5,5), 'last'),
+    'one channel, any stride': strided(75, (3,1,5,5), (25,11,5,1)),
+    'one row': lambda: randn(2,8,1,5).transpose(2,3),
+    'one row, any stride': strided(80, (2,8,1,5), (40,5,99,1)),
+    'one value': strided(9, (1,1,1,1), (4,3,2,9)),
+    'one row of an array': strided(90, (1,8), (50,1)),
+    'one column': strided(30, (7,1), (4,1)),
+    'a column of length 1': strided(24, (3,8,1), (8,1,17)),
+    'rows, channels last': lambda: randn(3,9,8).mT,
+    'a map of rows': lambda: randn(1,8,9).mT.contiguous().mT,
+    'every second pixel': lambda: randn(2,8,9,9)[...,::2,::2],
+    'some channels': lambda: randn(2,12,5,5)[:,3:11],
+    'some channels of channels last': lambda: laid_out(randn(2,12,5,5), 'last')[:,3:11],
+    'a column of rows': lambda: randn(6,20)[:,5:13],
+    'from the middle': lambda: randn(401)[1:].view(2,8,5,5),
+    'expanded samples': lambda: randn(1,8,5,5).expand(3,-1,-1,-1),
+    'expanded pixels': lambda: randn(3,8,1,1).expand(-1,-1,5,5),
+    'overlapping': lambda: randn(2,8,30).unfold(2, 5, 2),
+    'depth last': lambda: randn(2,4,5,3,8).permute(0,4,2,3,1),
+    'channels last, 3-d': lambda: laid_out(randn(2,8,3,4,5), 'last'),
+    'one slice, 3-d': lambda: laid_out(randn(2,8,1,4,1), 'last'),
+    '6-d': lambda: randn(2,8,2,3,2,2),
+    'negated, not yet computed': lambda: torch._neg_view(randn(2,8,5,5)),
+    'imaginary, of a conjugate': lambda: randn(2,8,5,5, dtype=torch.cfloat).conj().imag}
 
 def in_dtype(x, dtype):
     "With the same strides, where `to` would have others"
     if x.dtype==dtype or x.is_neg(): return x.to(dtype)
     whole = x.new_empty(0).set_(x.untyped_storage())
-    return whole.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+    whole = whole.to(dtype)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
 
 @needs_kernels
-@pytest.mark.parametrize('dtype', [T32,B16], ids=str)
-@pytest.mark.parametrize('kind', odd)
+@parametrize('dtype', [T32,B16], ids=str)
+@parametrize('kind', odd)
 def test_activations_of_any_strides(kind, dtype):
     x,dy = [in_dtype(odd[kind](), dtype) for _ in range(2)]
     check_odd(x, dy)
@@ -191,8 +237,10 @@ def test_activations_of_any_strides(kind, dtype):
         check_odd(x, laid_out(dy, way))
         check_odd(laid_out(x, way), dy)
 
-def expanded(x, *shape): return torch.randn(shape).to(x.dtype).expand_as(x)
-def negated(t): return -t if t.dtype==H16 else torch._neg_view(t) # whose copy_ to float32 is wrong
+def expanded(x, *shape):
+    return randn(shape).to(x.dtype).expand_as(x)
+def negated(t): # a view's copy_ to float32 is wrong of float16
+    return -t if t.dtype==H16 else torch._neg_view(t)
 others = {
     'expanded from a scalar': lambda x: expanded(x),
     'expanded from channels': lambda x: expanded(x, 1, x.shape[1], 1, 1),
@@ -206,231 +254,296 @@ others = {
     'float64': lambda x: gradients(x).double(),
     'float32': lambda x: gradients(x).float(),
     'bfloat16': lambda x: laid_out(gradients(x).bfloat16(), 'last'),
-    'float16': lambda x: gradients(x).half(),
-}
+    'float16': lambda x: gradients(x).half()}
+
+few_forms = (3,8,5,7),(2,130,3,3),(1,1,4,4)
 
 @needs_kernels
-@pytest.mark.parametrize('kind', others)
+@parametrize('kind', others)
 @each_layout
 @each_dtype
 def test_gradients_of_any_kind(dtype, layout, kind):
-    for form in ((3,8,5,7),(2,130,3,3),(1,1,4,4)):
+    for form in few_forms:
         x = activations(form, dtype, layout)
-        check_odd(x, others[kind](x), torch.randn(form[1]), torch.randn(form[1]))
+        dy,C = others[kind](x),form[1]
+        check_odd(x, dy, weight=randn(C), bias=randn(C))
+
+losses = dict(sum=torch.sum, mean=torch.mean,
+    pooled=lambda y: y.mean((2,3)).square().sum(),
+    some=lambda y: y.mT.flatten()[::3].sum(),
+    double=lambda y: y.double().pow(2).sum())
 
 @needs_kernels
-@pytest.mark.parametrize('loss', [torch.sum, torch.mean, lambda y: y.mean((2,3)).square().sum(),
-    lambda y: y.mT.flatten()[::3].sum(), lambda y: y.double().pow(2).sum()],
-    ids=['sum','mean','pooled','some','double'])
+@parametrize('loss', losses.values(), ids=losses)
 @each_layout
 def test_gradients_that_autograd_makes(layout, loss):
-    a,b = RunningBatchNorm2d(6),RunningBatchNorm2d(6, backend='formulas').double()
+    "Of values that are expanded, strided, or of another dtype"
+    a = RunningBatchNorm2d(6)
+    b = RunningBatchNorm2d(6, backend='formulas').double()
     for _ in range(5):
-        x = activations((3,6,7,5), T32, layout).requires_grad_()
+        x = activations((3,6,7,5), T32, layout)
+        x.requires_grad_()
         x64 = dense(x).double().requires_grad_()
-        for layer,inp in ((a,x),(b,x64)): layer.zero_grad(); loss(layer(inp)).backward()
+        for layer,inp in ((a,x),(b,x64)):
+            layer.zero_grad()
+            loss(layer(inp)).backward()
         near(x.grad, x64.grad, 1e-5, 'dx')
-        for (n,p),q in zip(a.named_parameters(), b.parameters()): near(p.grad, q.grad, 3e-5, n)
+        for (n,p),q in zip(a.named_parameters(), b.parameters()):
+            near(p.grad, q.grad, 3e-5, n)
         near(a.window_grad, b.window_grad, 1e-5, 'running gradient')
     assert a.path=='cpu'
 
 parameters = {
-    'every second': lambda C: torch.randn(2*C)[::2],
+    'every second': lambda C: randn(2*C)[::2],
     'expanded': lambda C: torch.full((1,), 1.5).expand(C),
-    'a column': lambda C: torch.randn(C,3)[:,1],
-    'from the middle': lambda C: torch.randn(C+1)[1:],
-    'float64': lambda C: torch.randn(C).double(),
-    'bfloat16': lambda C: torch.randn(C).bfloat16(),
-    'float16': lambda C: torch.randn(2*C).half()[::2],
-}
+    'a column': lambda C: randn(C,3)[:,1],
+    'from the middle': lambda C: randn(C+1)[1:],
+    'float64': lambda C: randn(C).double(),
+    'bfloat16': lambda C: randn(C).bfloat16(),
+    'float16': lambda C: randn(2*C).half()[::2]}
 
 @needs_kernels
-@pytest.mark.parametrize('kind', parameters)
+@parametrize('kind', parameters)
 @each_layout
-@pytest.mark.parametrize('dtype', [T32,T64,B16], ids=str)
+@parametrize('dtype', [T32,T64,B16], ids=str)
 def test_parameters_of_any_kind(dtype, layout, kind):
     for C in (1,7,130):
-        x,make = activations((3,C,5,4), dtype, layout),parameters[kind]
-        for weight,bias in ((make(C),make(C)), (None,make(C)), (make(C),None)):
-            check_odd(x, gradients(x, layout), weight, bias)
+        x = activations((3,C,5,4), dtype, layout)
+        make = parameters[kind]
+        affines = (make(C),make(C)),(None,make(C)),(make(C),None)
+        for affine in affines:
+            check_odd(x, gradients(x, layout), *affine)
 
 @needs_kernels
 @each_layout
-@pytest.mark.parametrize('dtype', [B16,H16], ids=str)
+@parametrize('dtype', [B16,H16], ids=str)
 def test_layers_in_half_precision(dtype, layout):
     "Parameters and running statistics are, the window is not; somebody writes the statistics"
-    a,b = [RunningBatchNorm2d(6, backend=n).to(dtype) for n in ('auto','formulas')]
+    layers = [RunningBatchNorm2d(6, backend=n).to(dtype)
+        for n in ('auto','formulas')]
+    a,b = layers
+    half = 2*halves[dtype]
     for i in range(20):
-        if i==10: a.running_mean.fill_(.5); b.running_mean.fill_(.5)
+        if i==10:
+            for layer in layers: layer.running_mean.fill_(.5)
         x = activations((3,6,7,5), dtype, layout)
-        dy,inputs = gradients(x, layout),[x.clone().requires_grad_() for _ in range(2)]
-        ys = []
-        for layer,inp in zip((a,b), inputs):
+        dy = gradients(x, layout)
+        ys,dxs = [],[]
+        for layer in layers:
+            inp = x.clone().requires_grad_()
             layer.zero_grad()
-            ys.append(layer(inp))
-            ys[-1].backward(dy)
-        assert a.path=='cpu' and (a.running_var.dtype,a.window_var.dtype)==(dtype,T32)
-        half = 2*halves[dtype]
-        near(ys[0], ys[1], 1e-5, 'y', half)
-        near(inputs[0].grad, inputs[1].grad, 1e-5, 'dx', half)
+            y = layer(inp)
+            y.backward(dy)
+            ys.append(y)
+            dxs.append(inp.grad)
+        assert a.path=='cpu'
+        assert (a.running_var.dtype,a.window_var.dtype)==(dtype,T32)
+        near(*ys, 1e-5, 'y', half)
+        near(*dxs, 1e-5, 'dx', half)
         for (n,p),q in zip(a.named_parameters(), b.parameters()):
             near(p.grad, q.grad, 1e-5, n, half)
         for (n,p),q in zip(a.named_buffers(), b.buffers()):
-            near(p, q, 1e-5, n, 0 if n.startswith('window') else half)
+            rounded = 0 if n.startswith('window') else half
+            near(p, q, 1e-5, n, rounded)
         assert (a.samples_seen>2**40)==(i>=10)
 
 # ------------------------------------------------------------------------------------- accuracy
 def outlier(x, where):
+    "`x` with values far from all others"
     if where=='first value': x[0,:,0,0] = 1e6
     if where=='first row': x[0,:,0] = 1e6
     if where=='first sample': x[0] = 1e6
     return x
 
-def relative(have, want): return ((have-want)/want).abs().max().item()
+def relative(have, want):
+    return ((have-want)/want).abs().max().item()
+def mean_and_var(x):
+    "In float64, of each channel"
+    var,mean = torch.var_mean(x.double(), (0,2,3), correction=0)
+    return mean,var
+
+large_and_small_maps = [(8,16,24,24),
+    (2,3,150,150), (32,130,5,5)]
 
 @needs_kernels
 @each_layout
-@pytest.mark.parametrize('where', ['nowhere','first value','first row','first sample'])
-@pytest.mark.parametrize('ratio', [1e4,1e5])
-@pytest.mark.parametrize('form', [(8,16,24,24),(2,3,150,150),(32,130,5,5)], ids=str)
+@parametrize('where', ['nowhere','first value','first row','first sample'])
+@parametrize('ratio', [1e4,1e5])
+@parametrize('form', large_and_small_maps, ids=str)
 def test_variance_beside_a_large_mean(form, ratio, where, layout):
-    x = laid_out(outlier(torch.randn(form)+ratio, where), layout)
+    x = outlier(randn(form)+ratio, where)
+    x = laid_out(x, layout)
     mean,var = Kernels.moments(x)
-    var64,mean64 = torch.var_mean(x.double(), (0,2,3), correction=0)
+    mean64,var64 = mean_and_var(x)
     assert relative(var.double(), var64)<1e-3
-    assert ((mean.double()-mean64).abs()<6e-8*mean64.abs()+1e-5*var64.sqrt()).all()
+    bound = 6e-8*mean64.abs()+1e-5*var64.sqrt()
+    assert ((mean.double()-mean64).abs()<bound).all()
     state = narrow(new_state(form[1]), T32)
-    saved = Kernels.statistics(x, state, Step(form[0], .3, clamped=False))
-    for have in (saved[1],state.var,state.avg_var): assert relative(have.double(), var64)<1e-3
+    step = Step(form[0], .3, clamped=False)
+    saved = Kernels.statistics(x, state, step)
+    for have in (saved[1],state.var,state.avg_var):
+        assert relative(have.double(), var64)<1e-3
 
-@pytest.mark.parametrize('backend', backends)
-@pytest.mark.parametrize('mean,sigma', [(1.,1e-4),(0.,1e-3)])
+@parametrize('backend', backends)
+@parametrize('mean,sigma', [(1.,1e-4),(0.,1e-3)])
 def test_small_variance_of_a_first_batch(mean, sigma, backend):
     "Window and average begin with a variance of 1, beside which it is next to nothing"
-    layer,x = RunningBatchNorm2d(4, backend=backend),torch.randn(8,4,16,16)*sigma+mean
+    layer = RunningBatchNorm2d(4, backend=backend)
+    x = randn(8,4,16,16)*sigma+mean
     layer(x)
-    var64 = x.double().var((0,2,3), correction=0)
+    _,var64 = mean_and_var(x)
     assert layer.path==names[backend]
-    for var in (layer.window_var,layer.running_var): assert relative(var.double(), var64)<1e-3
+    for var in (layer.window_var,layer.running_var):
+        assert relative(var.double(), var64)<1e-3
 
 # ----------------------------------------------------------------------- settings and statistics
 @needs_kernels
-@pytest.mark.parametrize('what', ['weight','average','running_grad'])
+@parametrize('what', ['weight','average','running_grad'])
 def test_tensors_of_a_step_may_change(what):
     "One step, several calls"
     value = torch.tensor(.25)
-    pair,step = Pair(8, T32),Step(4, **{'weight':.3, 'average':.1, 'running_grad':1., what:value})
+    pair = Pair(8, T32)
+    settings = dict(weight=.3, average=.1, running_grad=1.) | {what:value}
+    step = Step(4, **settings)
     for _ in range(4):
-        pair.step(activations((4,8,5,5), T32), step, backwards=2)
+        x = activations((4,8,5,5), T32)
+        pair.step(x, step, backwards=2)
         value.add_(.125)
 
 @needs_kernels
 def test_weight_of_one_element():
     weight = torch.tensor([.25]+[.75]*63)[:1] # beyond its end is memory that may be read, here
     pair = Pair(8, T32)
-    for _ in range(3): pair.step(activations((4,8,5,5), T32), Step(4, weight))
+    for _ in range(3):
+        x = activations((4,8,5,5), T32)
+        pair.step(x, Step(4, weight))
 
 @needs_kernels
 def test_statistics_with_nan_are_taken_over_once():
     pair = Pair(4, T64, trained=1)
-    for s in (pair.exact,pair.state): s.avg_mean[1] = float('nan')
-    for _ in range(3): pair.step(activations((4,4,5,5), T64), Step(4, .3, .1, running_grad=1.))
+    for s in (pair.exact,pair.state):
+        s.avg_mean[1] = float('nan')
+    for _ in range(3):
+        x = activations((4,4,5,5), T64)
+        pair.step(x, Step(4, .3, .1, running_grad=1.))
 
 @needs_kernels
 def test_a_bad_batch_where_the_average_is_to_be_the_window():
     "It was another one until now: settings have changed"
-    pair,x = Pair(4, T64, trained=1),activations((4,4,5,5), T64)
+    pair = Pair(4, T64, trained=1)
+    x = activations((4,4,5,5), T64)
     x[0,1,0,0] = float('nan')
     pair.step(x, Step(4, .3))
 
 # -------------------------------------------------------------------------------------- threads
 @pytest.fixture
 def threads():
+    "Sets their number; it is as before in the end"
     n = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(n)
+
+def run_all(work):
+    "Pairs of a function and its arguments, each in a thread of Python"
+    ts = [threading.Thread(target=f, args=args) for f,args in work]
+    for t in ts: t.start()
+    for t in ts: t.join()
 
 def some_steps(form, dtype, layout, act, steps=2):
     "Everything that comes out of a few batches"
     torch.manual_seed(0)
     C,T = form[1],statistics_dtype(dtype)
-    state,(w,b) = narrow(new_state(C, floors=[.5]*5), T),torch.randn(2, C, dtype=T)
-    res,step = [],Step(form[0], .3, .02, running_grad=1., act=act)
+    state = narrow(new_state(C, floors=[.5]*5), T)
+    affine = randn(2, C, dtype=T)
+    step = Step(form[0], .3, .02, running_grad=1., act=act)
+    res = []
     for i in range(steps):
         x = activations(form, dtype, layout)
-        if i==1: x[0,1].view(-1)[3] = float('nan')
-        y,saved = Kernels.forward(x, w, b, state, step)
-        grads = Kernels.backward(gradients(x, layout), x, w, b, saved, state.grad, step)
-        res += [y,saved,*grads,*[t.clone() for t in state]]
+        if i==1:
+            x[0,1].view(-1)[3] = float('nan')
+        y,saved = Kernels.forward(x, *affine, state, step)
+        dy = gradients(x, layout)
+        grads = Kernels.backward(dy, x, *affine, saved, state.grad, step)
+        res += [y, saved, *grads]
+        res += [t.clone() for t in state]
     return res
 
-wide_forms = [(2,37,41,43),(3,130,17,19),(1,2,101,91),(2,515,5,7),(2,64,40,40)] # over 16384 values
+wide_forms = [ # over 16384 values
+    (2,37,41,43), (3,130,17,19),
+    (1,2,101,91), (2,515,5,7), (2,64,40,40)]
 
 @needs_kernels
 @each_layout
 @each_type
 def test_results_do_not_depend_on_the_number_of_threads(dtype, layout, threads):
-    for form,act in zip(wide_forms, (None,'silu','relu','silu',None)):
+    acts = None,'silu','relu','silu',None
+    for form,act in zip(wide_forms, acts):
         threads(1)
         want = some_steps(form, dtype, layout, act)
         for n in (2,3):
             threads(n)
             have = some_steps(form, dtype, layout, act)
-            for h,w in zip(have, want): same(h, w, f'{n} threads')
+            for h,w in zip(have, want):
+                same(h, w, f'{n} threads')
 
 @needs_kernels
 @each_layout
 def test_work_of_any_number_of_threads_in_any_order(layout, threads, monkeypatch):
     "A pool that is not PyTorch's: of 1 to 7 threads, as many as were asked for or fewer"
-    asked,kind = [],cpu.ctypes.CFUNCTYPE(None, *[cpu.ctypes.c_void_p]*2, *[cpu.ctypes.c_uint]*2)
+    address,number = ctypes.c_void_p,ctypes.c_uint
+    asked = []
+    @ctypes.CFUNCTYPE(None, address, address, number, number)
     def pool(work, job, n, flags):
         asked.append(n)
-        work = cpu.ctypes.CFUNCTYPE(None, cpu.ctypes.c_void_p)(work)
-        ts = [threading.Thread(target=work, args=(job,)) for _ in range(max(1, n-1))]
-        for t in ts: t.start()
-        for t in ts: t.join()
-    pool = kind(pool)
+        work = ctypes.CFUNCTYPE(None, address)(work)
+        run_all([(work,(job,))]*max(1, n-1))
     form = (2,37,41,43)
     want = some_steps(form, T32, layout, 'silu')
-    monkeypatch.setattr(cpu, 'parallel', cpu.ctypes.cast(pool, cpu.ctypes.c_void_p).value)
+    monkeypatch.setattr(cpu, 'parallel', ctypes.cast(pool, address).value)
     for n in range(1,8):
         monkeypatch.setattr(cpu, 'threads', lambda: n)
         asked.clear()
-        for h,w in zip(some_steps(form, T32, layout, 'silu'), want): same(h, w, f'{n} threads')
+        have = some_steps(form, T32, layout, 'silu')
+        for h,w in zip(have, want):
+            same(h, w, f'{n} threads')
         assert set(asked)==({n} if n>1 else set())
     asked.clear()
     some_steps((2,5,9,9), T32, layout, None)
     assert not asked, 'threads for next to nothing'
 
 def train(layer, dtype, layout, seed, steps=12):
-    gen,res = torch.Generator().manual_seed(seed),[]
+    "Outputs and gradients of some batches, and what the layer is then"
+    gen = torch.Generator().manual_seed(seed)
+    res = []
     for _ in range(steps):
-        x = torch.randn(4,16,40,40, generator=gen).to(dtype)
-        x = laid_out(x, layout).requires_grad_()
+        x = randn(4,16,40,40, generator=gen)
+        x = laid_out(x.to(dtype), layout).requires_grad_()
         y = layer(x)
         y.square().sum().backward()
         res += [y.detach(),x.grad]
-    return res+[p.grad for p in layer.parameters()]+[b.clone() for b in layer.buffers()]
+    res += [p.grad for p in layer.parameters()]
+    return res+[b.clone() for b in layer.buffers()]
 
 @needs_kernels
-@pytest.mark.parametrize('n', [1,2])
+@parametrize('n', [1,2])
 def test_two_threads_at_once(n, threads):
     "Of Python, each with its own layer"
     threads(n)
-    kinds,start = [(T32,'contiguous'),(B16,'last')],threading.Barrier(2)
-    want = [train(RunningBatchNorm2d(16), *k, seed=i) for i,k in enumerate(kinds)]
+    kinds = [(T32,'contiguous'), (B16,'last')]
+    start = threading.Barrier(2)
+    want = [train(RunningBatchNorm2d(16), *k, seed=i)
+        for i,k in enumerate(kinds)]
     have = [None,None]
     def run(i):
         layer = RunningBatchNorm2d(16)
         start.wait(60)
         have[i] = train(layer, *kinds[i], seed=i)
         assert layer.path=='cpu'
-    ts = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for t in ts: t.start()
-    for t in ts: t.join()
+    run_all([(run,(i,)) for i in range(2)])
     for h,w in zip(have, want):
         assert h is not None
-        for a,b in zip(h, w, strict=True): same(a, b, 'two at once')
+        for a,b in zip(h, w, strict=True):
+            same(a, b, 'two at once')
 
 forked = '''
 import os,signal,sys,time,torch
@@ -470,49 +583,55 @@ for threads in (1,2):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_fork():
     "A child computes on one thread, as PyTorch's own operators do, though its parent had a pool"
-    done = subprocess.run([sys.executable, '-c', forked], cwd=root.parent.parent, timeout=300,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', forked], cwd=root.parent.parent,
+        timeout=300, capture_output=True, text=True)
     assert (done.returncode,done.stdout)==(0,'1 0\n2 0\n'), done.stderr
 
 # ------------------------------------------------------------------------------ version counters
-@pytest.mark.parametrize('dtype', [T32,B16], ids=str)
-@pytest.mark.parametrize('backend', backends)
+@parametrize('dtype', [T32,B16], ids=str)
+@parametrize('backend', backends)
 def test_a_training_forward_between_an_evaluation_and_its_backward(backend, dtype):
     "Statistics that a backward needs are gone: an error (BatchNorm's CPU kernel says nothing)"
     norm = RunningBatchNorm2d(4, backend=backend).to(dtype)
-    x = torch.randn(2,4,3,3, dtype=dtype, requires_grad=True)
+    x = randn(2,4,3,3, dtype=dtype, requires_grad=True)
     norm(x)
     y = norm.eval()(x)
     y.sum().backward(retain_graph=True) # nothing has happened yet
     norm(x).sum().backward()
     norm.train()(x)
     assert norm.path==names[backend]
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'): y.sum().backward()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
 
-@pytest.mark.parametrize('backend', backends)
+@parametrize('backend', backends)
 def test_version_counters_of_the_statistics(backend):
     "Up with each forward in training, by a view too; not in evaluation"
-    norm,x = RunningBatchNorm2d(4, backend=backend),torch.randn(2,4,3,3)
-    def versions(): return [norm.running_mean._version,norm.running_var[1:]._version]
-    for training,rises in ((True,True),(True,True),(False,False)):
+    norm = RunningBatchNorm2d(4, backend=backend)
+    x = randn(2,4,3,3)
+    def versions():
+        return norm.running_mean._version,norm.running_var[1:]._version
+    for training in (True,True,False):
         before = versions()
         norm.train(training)(x)
-        assert all((a>b)==rises for a,b in zip(versions(), before))
+        for now,was in zip(versions(), before):
+            assert (now>was)==training
 
-@pytest.mark.parametrize('backend', backends)
+@parametrize('backend', backends)
 def test_version_counters_of_all_that_is_written(backend):
     "All buffers in the forward but the running gradient, which the backward writes; known_* follow"
     norm = RunningBatchNorm2d(4, backend=backend, window=AdaptiveWindow())
-    x = torch.randn(2,4,3,3)
-    def risen(do):
-        before = {n:b._version for n,b in norm.named_buffers()}
-        res = do()
-        return res,{n for n,b in norm.named_buffers() if b._version>before[n]}-known
+    x = randn(2,4,3,3)
     known = {'known_mean','known_var'}
+    def versions(): return {n:b._version for n,b in norm.named_buffers()}
+    def risen(do):
+        "What it returns, and the buffers whose counters it has moved"
+        before = versions()
+        res = do()
+        return res,{n for n,v in versions().items() if v>before[n]}-known
     y,forward = risen(lambda: norm(x))
     _,backward = risen(lambda: y.sum().backward())
     assert backward=={'window_grad'}
-    assert forward=={n for n,_ in norm.named_buffers()}-{'window_grad'}-known
+    assert forward==versions().keys()-{'window_grad'}-known
 
 @needs_kernels
 def test_version_counters_where_torch_takes_one_tensor_at_a_time(monkeypatch):
@@ -522,24 +641,25 @@ def test_version_counters_where_torch_takes_one_tensor_at_a_time(monkeypatch):
         torch.autograd.graph.increment_version(t)
     monkeypatch.setattr(cpu, 'increment_version', one)
     norm = RunningBatchNorm2d(4)
-    before = norm.running_mean._version,norm.window_grad._version
-    norm(torch.randn(2,4,3,3)).sum().backward()
-    assert norm.running_mean._version>before[0] and norm.window_grad._version>before[1]
+    def versions(): return norm.running_mean._version,norm.window_grad._version
+    before = versions()
+    norm(randn(2,4,3,3)).sum().backward()
+    for now,was in zip(versions(), before): assert now>was
 
 @needs_kernels
 def test_plans_are_each_threads_own():
     "Two threads with batches of other sizes, and one step that is kept for both"
-    xs,step = [torch.randn(2,c,3,3) for c in (5,3000)],KeptStep(2, .1)
-    wants = [cpu.plan(Step(*step), x.shape, x.dtype, 0) for x in xs]
-    wrong,before = [],sys.getswitchinterval()
+    xs = [randn(2,c,3,3) for c in (5,3000)]
+    step = KeptStep(2, .1)
+    def plan(step, x): return cpu.plan(step, x.shape, x.dtype, 0)
+    wants = [plan(Step(*step), x) for x in xs]
+    wrong = []
     def run(x, want):
         for _ in range(20_000):
-            if cpu.plan(step, x.shape, x.dtype, 0)!=want: wrong.append(x.shape)
-    threads = [threading.Thread(target=run, args=a) for a in zip(xs, wants)]
+            if plan(step, x)!=want: wrong.append(x.shape)
+    before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        for t in threads: t.start()
-        for t in threads: t.join()
+    try: run_all([(run,args) for args in zip(xs, wants)])
     finally: sys.setswitchinterval(before)
     assert not wrong
 
@@ -552,39 +672,48 @@ def test_activations_without_memory_are_an_error():
 @needs_kernels
 def test_float16_gradients_that_are_negated_but_not_yet_computed():
     "PyTorch's own `copy_` of them to float32 is wrong"
-    x,dy = torch.randn(2,2,4,3,3).half()
+    x,dy = randn(2,2,4,3,3).half()
     norm = RunningBatchNorm2d(4)
-    y,saved = Kernels.forward(x, None, None, norm.state(), norm.step(x))
-    a,b = [Kernels.backward(o, x, None, None, saved.clone(), norm.window_grad.clone(), norm.step(x))
-        for o in (torch._neg_view(dy),-dy)]
-    for have,want in zip(a, b): assert torch.equal(have, want)
+    affine,step = (None,None),norm.step(x)
+    _,saved = Kernels.forward(x, *affine, norm.state(), step)
+    def backward(dy):
+        running = norm.window_grad.clone()
+        return Kernels.backward(dy, x, *affine, saved.clone(), running, step)
+    noted,computed = backward(torch._neg_view(dy)),backward(-dy)
+    for have,want in zip(noted, computed):
+        assert torch.equal(have, want)
 
 @needs_kernels
 def test_how_is_chosen_anew_where_something_has_changed():
     "Type of window, of activations, backend, a setting; size and layout of a batch"
-    norm,x = RunningBatchNorm2d(4),torch.randn(2,4,3,3)
+    norm = RunningBatchNorm2d(4)
+    x = randn(2,4,3,3)
     def path(x):
         norm(x)
         return norm.path
     assert path(x)==path(x)=='cpu'
     norm.double()
-    assert path(x)=='formulas' and path(x.double())=='cpu' # float32 beside statistics in float64
+    assert path(x)=='formulas' # float32 beside statistics in float64
+    assert path(x.double())=='cpu'
     norm.float()
     assert path(x.double())=='formulas' and path(x)=='cpu'
     norm.backend = 'formulas'
     assert path(x)=='formulas'
     norm.backend = 'auto'
     assert path(x)=='cpu'
-    changes = dict(window=7., running_grad=.5, momentum=.1, clamp=None, eval_window=9)
-    for change in [{k:v} for k,v in changes.items()]:
+    changes = dict(window=7., running_grad=.5, momentum=.1,
+        clamp=None, eval_window=9)
+    batches = (2,'contiguous'),(2,'last'),(3,'last'),(2,'contiguous')
+    for name,value in changes.items():
         twin = copy.deepcopy(norm).requires_grad_(False)
-        norm.set_settings(**change)
-        twin.set_settings(**change)
+        norm.set_settings(**{name:value})
+        twin.set_settings(**{name:value})
         twin.backend = 'formulas'
-        for n,form in ((2,'contiguous'),(2,'last'),(3,'last'),(2,'contiguous')):
-            batch = laid_out(torch.randn(n,4,3,3), form)
+        for n,form in batches:
+            batch = laid_out(randn(n,4,3,3), form)
             torch.testing.assert_close(norm(batch), twin(batch))
-        for a,b in zip(norm.buffers(), twin.buffers()): torch.testing.assert_close(a, b)
+        for a,b in zip(norm.buffers(), twin.buffers()):
+            torch.testing.assert_close(a, b)
 
 # --------------------------------------------------------------------------------------- memory
 driver = r'''
@@ -711,14 +840,15 @@ sanitize = '-O1 -fsanitize=address,undefined -fno-sanitize-recover=all'.split()
 def compiled(cc, d, *options, source=driver):
     "The driver, or `None`"
     (d/'driver.c').write_text(source)
-    done = subprocess.run([cc, *flags, *options, f'-I{root}', 'driver.c', '-o', 'driver', '-lm'],
-                          cwd=d, capture_output=True, text=True)
+    command = [cc, *flags, *options, f'-I{root}', 'driver.c', '-o', 'driver', '-lm']
+    done = subprocess.run(command, cwd=d, capture_output=True, text=True)
     return d/'driver' if done.returncode==0 else print(done.stderr)
 
 def test_nothing_is_written_out_of_bounds(request, tmp_path):
     "Buffers of exactly the size; all types, layouts, activations, instruction sets; threads too"
     if not request.config.getoption('--slow'): pytest.skip('takes a minute, run with pytest --slow')
-    cc = os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang') or shutil.which('cc')
+    found = [os.environ.get('CC'), *map(shutil.which, ('gcc','clang','cc'))]
+    cc = next(filter(None, found), None)
     if not cc: pytest.skip('no C compiler')
     exe,sets = None,cpu.instruction_set
     if compiled(cc, tmp_path, *sanitize, source='int main(void) { return 0; }'):
@@ -729,7 +859,8 @@ def test_nothing_is_written_out_of_bounds(request, tmp_path):
     else: pytest.skip('neither AddressSanitizer nor valgrind')
     assert exe
     fill = 'max_malloc_fill_size=1000000000:malloc_fill_byte=255' # what is read is what was written
-    done = subprocess.run([*command, exe, str(sets), str(shapes)], capture_output=True, text=True,
-                          env={**os.environ, 'ASAN_OPTIONS':fill}, timeout=900)
+    command = [*command, exe, str(sets), str(shapes)]
+    env = {**os.environ, 'ASAN_OPTIONS':fill}
+    done = subprocess.run(command, env=env, timeout=900, capture_output=True, text=True)
     assert done.returncode==0, done.stdout+done.stderr[-3000:]
     assert int(done.stdout)>1000 and not done.stderr

@@ -5,14 +5,19 @@ from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from fastai_runbn.surgery import surgery_report
 
-def relative(y, y64): return ((y-y64).norm()/y64.norm()).item()
+parametrize = pytest.mark.parametrize
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('autocast', [True,False])
+def relative(y, y64):
+    return ((y-y64).norm()/y64.norm()).item()
+
+@parametrize('dtype', [torch.bfloat16, torch.float16])
+@parametrize('autocast', [True,False])
 def test_half_precision_in_float32_statistics_and_half_out(dtype, autocast):
     "Under autocast the convolution's output is half; without it the input is"
     torch.manual_seed(0)
-    conv,layer,exact = nn.Conv2d(3,4,3),RunningBatchNorm2d(4),RunningBatchNorm2d(4).double()
+    conv,layer = nn.Conv2d(3,4,3),RunningBatchNorm2d(4)
+    exact = RunningBatchNorm2d(4).double()
+    tol = 4e-3 if dtype==torch.bfloat16 else 5e-4
     for _ in range(10):
         x = torch.randn(2,3,8,8)
         with torch.autocast('cpu', dtype, enabled=autocast):
@@ -21,18 +26,24 @@ def test_half_precision_in_float32_statistics_and_half_out(dtype, autocast):
             y = layer(h)
         y64 = exact(h.detach().double())
         (y.float()**3).sum().backward()
-        assert y.dtype == h.dtype == h.grad.dtype == dtype and layer.window_mean.dtype == layer.window_grad.dtype == layer.running_mean.dtype == torch.float32
-        torch.testing.assert_close(layer.window_var, exact.window_var.float(), rtol=1e-5, atol=1e-6)
-        assert relative(y.double(), y64) < (4e-3 if dtype==torch.bfloat16 else 5e-4)
-    assert layer.weight.grad.dtype == torch.float32 and h.grad.isfinite().all()
+        assert y.dtype == h.dtype == h.grad.dtype == dtype
+        for t in (layer.window_mean,layer.window_grad,layer.running_mean):
+            assert t.dtype == torch.float32
+        want = exact.window_var.float()
+        torch.testing.assert_close(layer.window_var, want, rtol=1e-5, atol=1e-6)
+        assert relative(y.double(), y64) < tol
+    assert layer.weight.grad.dtype == torch.float32
+    assert h.grad.isfinite().all()
 
 def test_half_sums_do_not_overflow():
-    x = torch.full((2,3,64,64), 60., dtype=torch.half)                  # sums to 491,520 per channel; float16 ends at 65,504
+    "Of 491,520 per channel; float16 ends at 65,504"
+    x = torch.full((2,3,64,64), 60., dtype=torch.half)
     layer = RunningBatchNorm2d(3)
-    assert layer(x).isfinite().all() and (layer.window_mean==60).all() and layer.skipped_batches==0
+    assert layer(x).isfinite().all()
+    assert (layer.window_mean==60).all() and layer.skipped_batches==0
 
-@pytest.mark.parametrize('bs', [1,2,8])
-@pytest.mark.parametrize('ratio', [1e1,1e2,1e3,1e4])
+@parametrize('bs', [1,2,8])
+@parametrize('ratio', [1e1,1e2,1e3,1e4])
 def test_large_means(bs, ratio):
     "|mean|/σ up to 1e4 in float32, 100 steps against float64 on the same numbers"
     torch.manual_seed(0)
@@ -40,31 +51,45 @@ def test_large_means(bs, ratio):
     worst = 0
     for _ in range(100):
         x = torch.randn(bs,16,16,16)+ratio
-        with torch.no_grad(): worst = max(worst, relative(layer(x).double(), exact(x.double())))
-    longer = max(1, (.1/layer.window(bs))**.5)                        # roundings of the mean add up over the window's batches, from ten of them on
-    assert worst < max(1e-6, 1e-7*ratio)*longer                         # 1e-3 at 1e4
+        with torch.no_grad(): y,y64 = layer(x).double(),exact(x.double())
+        worst = max(worst, relative(y, y64))
+    # roundings of the mean add up over the window's batches, from ten of them on
+    longer = max(1, (.1/layer.window(bs))**.5)
+    assert worst < max(1e-6, 1e-7*ratio)*longer # 1e-3 at 1e4
     x = torch.randn(32,16,16,16)+ratio
-    assert relative(layer.eval()(x).double(), exact.eval()(x.double())) < 1e-3*longer
+    y,y64 = layer.eval()(x).double(),exact.eval()(x.double())
+    assert relative(y, y64) < 1e-3*longer
 
 def test_the_published_layer_cannot_do_that():
     x = torch.randn(32,16,16,16)+1e4
     y = ReferenceRunningBatchNorm(16)(x)
-    assert not relative(y.double(), ReferenceRunningBatchNorm(16).double()(x.double())) < 1e-1
+    exact = ReferenceRunningBatchNorm(16).double()
+    assert not relative(y.double(), exact(x.double())) < 1e-1
 
-@pytest.mark.parametrize('settings', [{}, LESSON10, dict(clamp=None)], ids=['default','lesson10','no clamp'])
-@pytest.mark.parametrize('shape', [(1,3),(2,3),(1,3,1,1),(2,3,1,1),(1,3,7,7)], ids=str)
+settings = {'default':{}, 'lesson10':LESSON10, 'no clamp':dict(clamp=None)}
+shapes = (1,3),(2,3),(1,3,1,1),(2,3,1,1),(1,3,7,7)
+@parametrize('settings', settings.values(), ids=settings)
+@parametrize('shape', shapes, ids=str)
 def test_one_sample_one_pixel_constant_channels(shape, settings):
-    layer = (RunningBatchNorm1d if len(shape)==2 else RunningBatchNorm2d)(3, **settings)
+    "Finite; a constant channel comes out as 0, the others have a variance, and nothing is skipped"
+    cls = RunningBatchNorm1d if len(shape)==2 else RunningBatchNorm2d
+    layer = cls(3, **settings)
+    def constant(t):
+        "The channel that is, of values in any dimensions"
+        return t.view(shape[0],3,-1)[:,1]
     for k in range(30):
         x = torch.randn(shape)
-        x.view(shape[0],3,-1)[:,1] = 5.                                 # constant for ever
+        constant(x).fill_(5.) # for ever
         x.requires_grad_()
         y = layer(x)
         (y**2).sum().backward()
-        assert y.isfinite().all() and x.grad.isfinite().all() and y.view(shape[0],3,-1)[:,1].abs().max() < 1e-3
-    assert layer.window_var[1] < 1e-9 and (layer.window_var[::2] > .05).all() and layer.skipped_batches==0
+        assert y.isfinite().all() and x.grad.isfinite().all()
+        assert constant(y).abs().max() < 1e-3
+    assert layer.window_var[1] < 1e-9
+    assert (layer.window_var[::2] > .05).all()
+    assert layer.skipped_batches==0
 
-@pytest.mark.parametrize('shape', [(0,3,4,4),(2,3,0,4)], ids=str)
+@parametrize('shape', [(0,3,4,4), (2,3,0,4)], ids=str)
 def test_an_empty_batch_comes_out_empty_and_changes_nothing(shape):
     layer = RunningBatchNorm2d(3)
     layer(torch.randn(2,3,4,4))
@@ -72,47 +97,67 @@ def test_an_empty_batch_comes_out_empty_and_changes_nothing(shape):
     x = torch.zeros(shape, requires_grad=True)
     y = layer(x)
     y.sum().backward()
-    assert y.shape == x.grad.shape == shape and all(torch.equal(a, b) for a,b in zip(before, layer.buffers()))
+    assert y.shape == x.grad.shape == shape
+    for b,was in zip(layer.buffers(), before):
+        assert torch.equal(b, was)
     assert (layer.weight.grad==0).all()
 
 def test_a_nan_does_not_stay():
     torch.manual_seed(0)
     layer,bn = RunningBatchNorm2d(3, clamp=None),nn.BatchNorm2d(3)
-    bad = torch.randn(2,3,4,4); bad[0,1,2,2] = float('nan')
-    for x in (torch.randn(2,3,4,4), bad, torch.randn(2,3,4,4)): y = layer(x); bn(x)
-    assert y.isfinite().all() and layer.eval()(x).isfinite().all()
-    assert bn.eval()(x).isnan().any()                                   # in evaluation BatchNorm keeps it for ever too
-    assert layer.skipped_batches.item() == 1 and layer.num_batches_tracked.item() == 3
-    assert surgery_report(layer).rows[0].skipped == 1 and 'skipped 1 batch' in repr(surgery_report(layer))
+    bad = torch.randn(2,3,4,4)
+    bad[0,1,2,2] = float('nan')
+    first,last = [torch.randn(2,3,4,4) for _ in range(2)]
+    for x in (first,bad,last):
+        y = layer(x)
+        bn(x)
+    assert y.isfinite().all()
+    assert layer.eval()(x).isfinite().all()
+    assert bn.eval()(x).isnan().any() # in evaluation BatchNorm keeps it for ever too
+    assert layer.skipped_batches.item() == 1
+    assert layer.num_batches_tracked.item() == 3
+    report = surgery_report(layer)
+    assert report.rows[0].skipped == 1 and 'skipped 1 batch' in repr(report)
 
 def test_a_bad_batch_is_normalised_with_the_window():
     layer = RunningBatchNorm1d(1, clamp=None, dtype=torch.float64)
-    layer(torch.tensor([[0.],[2.]]).double())
-    y = layer(torch.tensor([[float('inf')],[3.]]).double())
-    assert y[0].isinf() and y[1].item() == pytest.approx(2/(1+1e-5)**.5)
+    def batch(*samples): return torch.tensor([[s] for s in samples]).double()
+    layer(batch(0., 2.))
+    y = layer(batch(float('inf'), 3.))
+    assert y[0].isinf()
+    assert y[1].item() == pytest.approx(2/(1+1e-5)**.5)
 
 def test_a_finite_batch_that_would_overflow_the_window_stays_out():
-    "Values of 1e25 have a finite mean and no variance, but their distance squared is infinite in float32"
+    """Values of 1e25 have a finite mean and no variance, but their distance squared is infinite in
+    float32"""
     layer = RunningBatchNorm1d(2)
     layer(torch.randn(4,2))
     before = layer.window_var.clone()
     layer(torch.tensor([[1e25,0.],[1e25,1.]]))
-    assert layer.window_var[0] == before[0] and layer.window_var[1] != before[1] and layer.skipped_batches == 1
-    assert layer(torch.randn(4,2)).isfinite().all() and layer.running_var.isfinite().all()
+    assert layer.window_var[0] == before[0]
+    assert layer.window_var[1] != before[1]
+    assert layer.skipped_batches == 1
+    assert layer(torch.randn(4,2)).isfinite().all()
+    assert layer.running_var.isfinite().all()
 
 def test_a_bad_first_batch_leaves_an_empty_window():
     layer,fresh = RunningBatchNorm1d(2),RunningBatchNorm1d(2)
     layer(torch.full((2,2), float('nan')))
     x = torch.randn(4,2)
     layer.samples_seen.zero_()
-    assert torch.equal(layer(x), fresh(x)) and torch.equal(layer.running_var, fresh.running_var)
+    assert torch.equal(layer(x), fresh(x))
+    assert torch.equal(layer.running_var, fresh.running_var)
 
 def test_gradients_that_overflow_are_not_averaged():
-    "A loss scaler's overflow reaches the layer as an infinite dy; the step is dropped, and the average must not keep it"
+    """A loss scaler's overflow reaches the layer as an infinite dy; the step is dropped, and the
+    average must not keep it"""
     layer = RunningBatchNorm2d(3)
-    layer(torch.randn(2,3,4,4).requires_grad_()).sum().backward()
+    def forward(): return layer(torch.randn(2,3,4,4, requires_grad=True))
+    forward().sum().backward()
     before = layer.window_grad.clone()
-    y = layer(torch.randn(2,3,4,4).requires_grad_())
-    dy = torch.zeros_like(y); dy[0,0,0,0] = float('inf')
+    y = forward()
+    dy = torch.zeros_like(y)
+    dy[0,0,0,0] = float('inf')
     y.backward(dy)
-    assert layer.window_grad.isfinite().all() and torch.equal(layer.window_grad[:,0], before[:,0])
+    assert layer.window_grad.isfinite().all()
+    assert torch.equal(layer.window_grad[:,0], before[:,0])

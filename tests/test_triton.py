@@ -1,6 +1,7 @@
-"""Triton's kernels without a GPU, in Triton's interpreter, beside the formulas in float64; where there
-is one, test_cuda.py runs them on it. What the compiler makes of them: test_triton_compiled.py"""
+"""Triton's kernels without a GPU, in Triton's interpreter, beside the formulas in float64. On a GPU
+test_cuda.py runs them; what the compiler makes of them: test_triton_compiled.py"""
 import copy,sys,warnings
+from itertools import product
 import pytest,torch
 from hypothesis import given,settings,strategies as st
 from torch import nn
@@ -19,12 +20,14 @@ from interpreter import last_first,launches,on_the_cpu,planned,plans
 from pairs import (B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,
     check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,same,small)
 
+parametrize = pytest.mark.parametrize
 halves[B16] = 2.**-7 # the interpreter does not round, it cuts off
-each_plan = pytest.mark.parametrize('plan', plans)
-dtypes_and_plans = [(d,p) for d in cuda.dtypes for p in plans if d==T32 or p!='small blocks']
-both_kernels,all_four = ['runbn_forward','runbn_backward'],[
-    'runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient']
-each_layout = pytest.mark.parametrize('layout', ['contiguous','last'])
+each_plan = parametrize('plan', plans)
+dtypes_and_plans = [(d,p) for d in cuda.dtypes for p in plans
+    if d==T32 or p!='small blocks']
+both_kernels = ['runbn_forward','runbn_backward']
+all_four = ['runbn_forward','runbn_normalize','runbn_backward','runbn_input_gradient']
+each_layout = parametrize('layout', ['contiguous','last'])
 
 # --------------------------------------------------------------------------------- lockstep
 # a program takes 20 ms and more
@@ -33,127 +36,153 @@ calls_here = calls | dict(shape=small, dtype=st.sampled_from(cuda.dtypes))
 @given(**calls_here)
 def test_every_call_is_the_formulas(**kw): check_calls(TritonKernels, **kw)
 
-@each_layout
-@pytest.mark.parametrize('dtype,plan', dtypes_and_plans, ids=str)
-@pytest.mark.parametrize('shape', [(2,3,7,7),(3,2,17),(4,5),(2,3,3,5,4),(1,2,1,1)], ids=str)
-def test_every_form_and_grid(shape, dtype, layout, plan):
-    pair = Pair(shape[1], dtype, kernels=TritonKernels, floors=(.5,.3))
-    with planned(plan):
-        for i in range(2):
-            step = Step(shape[0], .3, .1, running_grad=1., act='silu' if i else 'relu')
-            pair.step(activations(shape, dtype, layout), step, layout, 2, at=f'step {i}')
+shapes = [(2,3,7,7), (3,2,17),
+    (4,5), (2,3,3,5,4), (1,2,1,1)]
 
 @each_layout
-@pytest.mark.parametrize('plan', ['as planned','split'])
-@pytest.mark.parametrize('longest', [None,60.])
+@parametrize('dtype,plan', dtypes_and_plans, ids=str)
+@parametrize('shape', shapes, ids=str)
+def test_every_form_and_grid(shape, dtype, layout, plan):
+    N,C = shape[:2]
+    pair = Pair(C, dtype, kernels=TritonKernels, floors=(.5,.3))
+    with planned(plan):
+        for i,act in enumerate(('relu','silu')):
+            step = Step(N, .3, .1, running_grad=1., act=act)
+            x = activations(shape, dtype, layout)
+            pair.step(x, step, layout, backwards=2, at=f'step {i}')
+
+@each_layout
+@parametrize('plan', ['as planned','split'])
+@parametrize('longest', [None,60.])
 def test_30_steps(longest, layout, plan):
     "Settings as a layer's, batch sizes that change, the floor from over to under the variance"
-    pair = Pair(3, T32, kernels=TritonKernels, floors=[.5]*20+[.01]*40)
+    floors = [.5]*20+[.01]*40
+    pair = Pair(3, T32, kernels=TritonKernels, floors=floors)
+    sizes = torch.randint(1, 9, (30,)).tolist()
     with planned(plan):
-        for i,bs in enumerate(torch.randint(1, 9, (30,)).tolist()):
-            step = Step(bs, min(1., bs/60), min(1., bs/200), running_grad=1., eps=1e-3,
-                        longest=longest)
-            pair.step(activations((bs,3,4,3), T32, layout), step, layout, at=f'step {i}')
+        for i,bs in enumerate(sizes):
+            weight,average = [min(1., bs/n) for n in (60,200)]
+            step = Step(bs, weight, average,
+                running_grad=1., eps=1e-3, longest=longest)
+            x = activations((bs,3,4,3), T32, layout)
+            pair.step(x, step, layout, at=f'step {i}')
 
-@pytest.mark.parametrize('plan', ['as planned','split'])
-@pytest.mark.parametrize('where', [0,1,-1])
-@pytest.mark.parametrize('value', ['nan','inf','-inf'])
+@parametrize('plan', ['as planned','split'])
+@parametrize('where', [0,1,-1])
+@parametrize('value', ['nan','inf','-inf'])
 def test_what_is_not_finite_stays_out(value, where, plan):
     "In one channel; the others, and the state of that one, are as without it"
     pair = Pair(3, T32, kernels=TritonKernels, trained=1)
+    step = Step(2, .3, .1, running_grad=1.)
     with planned(plan):
         for i in range(3):
             x = activations((2,3,5,4), T32)
             if i==1: x[0,1].view(-1)[where] = float(value)
-            pair.step(x, Step(2, .3, .1, running_grad=1.), backwards=2, at=f'step {i}')
+            pair.step(x, step, backwards=2, at=f'step {i}')
     assert pair.state.skipped==1
 
 @each_layout
-@pytest.mark.parametrize('plan', ['as planned','split'])
+@parametrize('plan', ['as planned','split'])
 def test_what_others_write(layout, plan):
     with planned(plan): check_what_others_write(TritonKernels, layout)
 
-@pytest.mark.parametrize('plan', ['as planned','split'])
+@parametrize('plan', ['as planned','split'])
 def test_a_variance_that_overflows(plan):
     with planned(plan): check_overflow(TritonKernels)
 
 @each_layout
-@pytest.mark.parametrize('plan', plans)
+@parametrize('plan', plans)
 def test_variance_beside_a_large_mean(layout, plan):
-    x64 = torch.randn(2,4,31,9).double()*.01+100
-    x64[0,0,0,0] += 30. # a first value far from the others
-    with planned(plan): mean,var = TritonKernels.moments(laid_out(x64.float(), layout))
-    want = Formulas.moments(x64.float().double())
-    assert ((mean-want[0])/want[0]).abs().max()<1e-6
-    assert ((var-want[1])/want[1]).abs().max()<1e-4
+    x = torch.randn(2,4,31,9).double()*.01+100
+    x[0,0,0,0] += 30. # a first value far from the others
+    x = x.float()
+    with planned(plan): moments = TritonKernels.moments(laid_out(x, layout))
+    wants = Formulas.moments(x.double())
+    for have,want,tol in zip(moments, wants, (1e-6,1e-4)):
+        assert ((have-want)/want).abs().max()<tol
 
 @each_plan
 @each_layout
-@pytest.mark.parametrize('act', [None,'silu'])
+@parametrize('act', [None,'silu'])
 def test_parts_are_the_whole(layout, act, plan):
     torch.manual_seed(0)
-    x,step = activations((3,5,6,4), T32, layout),Step(3, .3, .1, running_grad=1., act=act)
-    dy,affine = gradients(x, layout),(torch.randn(5),torch.randn(5))
-    a,b = [narrow(new_state(5, trained=1), T32) for _ in range(2)]
-    b = State(*[t if t is None else t.clone() for t in a])
+    x = activations((3,5,6,4), T32, layout)
+    step = Step(3, .3, .1, running_grad=1., act=act)
+    dy = gradients(x, layout)
+    affine = torch.randn(5),torch.randn(5)
+    a = narrow(new_state(5, trained=1), T32)
+    b = narrow(a, T32)
+    k = TritonKernels
+    def equal(have, want, what):
+        near(have, want.double(), 1e-6, what)
     with planned(plan):
-        y,saved = TritonKernels.forward(x, *affine, a, step)
-        saved2 = TritonKernels.statistics(x, b, step)
-        near(saved2, saved.double(), 1e-6, 'saved')
-        near(TritonKernels.normalize(x, *affine, saved2, step), y.double(), 1e-6, 'y')
-        for have,want in zip(TritonKernels.moments(x), saved[4:6]):
-            near(have, want.double(), 1e-6, 'moments')
-        dx,dw,db = TritonKernels.backward(dy, x, *affine, saved, a.grad, step, 2.)
-        want = torch.stack((db, dw)).double()
-        near(TritonKernels.sums(dy, x, *affine, saved2, step), want, 1e-6, 'sums')
-        G,sums = TritonKernels.reaction(dy, x, *affine, saved2, b.grad, step, 2.)
-        near(sums, want, 1e-6, 'sums of the reaction')
-        near(TritonKernels.dx(dy, x, *affine, saved2, G, step), dx.double(), 1e-6, 'dx')
-    near(saved2, saved.double(), 1e-6, 'saved after the backward')
-    for name,have,want in zip(State._fields, b, a): near(have, want.double(), 1e-6, name)
+        y,saved = k.forward(x, *affine, a, step)
+        saved2 = k.statistics(x, b, step)
+        equal(saved2, saved, 'saved')
+        equal(k.normalize(x, *affine, saved2, step), y, 'y')
+        for have,want in zip(k.moments(x), saved[4:6]):
+            equal(have, want, 'moments')
+        dx,dw,db = k.backward(dy, x, *affine, saved, a.grad, step, scale=2.)
+        want = torch.stack((db, dw))
+        equal(k.sums(dy, x, *affine, saved2, step), want, 'sums')
+        G,sums = k.reaction(dy, x, *affine, saved2, b.grad, step, scale=2.)
+        equal(sums, want, 'sums of the reaction')
+        equal(k.dx(dy, x, *affine, saved2, G, step), dx, 'dx')
+    equal(saved2, saved, 'saved after the backward')
+    for name,have,want in zip(State._fields, b, a):
+        equal(have, want, name)
 
 # ------------------------------------------------------------------- programs and their order
 @each_layout
-@pytest.mark.parametrize('plan', plans)
+@parametrize('plan', plans)
 def test_results_do_not_depend_on_who_is_last(layout, plan):
     "To the bit; and the integers by which programs find out who is last are 0 again"
     def run():
         torch.manual_seed(0)
-        state = narrow(new_state(5, trained=1, floors=[.1]*9), T32)
+        state = new_state(5, trained=1, floors=[.1]*9)
+        state = narrow(state, T32)
         step = Step(2, .3, .1, running_grad=1.)
-        state.avg_mean[1] += 1                          # others have written
+        affine = None,None
+        state.avg_mean[1] += 1 # others have written
         got = []
         for i in range(3):
             x = activations((2,5,3,4), T32, layout)
             if i==1: x[0,2,0,0] = float('inf')
-            y,saved = TritonKernels.forward(x, None, None, state, step)
+            y,saved = TritonKernels.forward(x, *affine, state, step)
             dy = gradients(x, layout)
-            grads = TritonKernels.backward(dy, x, None, None, saved, state.grad, step)
+            grads = TritonKernels.backward(dy, x, *affine, saved, state.grad, step)
             got += [y,saved,*grads]
-        return [*got, *[t.clone() for t in state]]
+        return got+[t.clone() for t in state]
     with planned(plan):
         one = run()
         with last_first(): other = run()
-    for i,(a,b) in enumerate(zip(one, other)): same(a, b, i)
-    assert all((t==0).all() for t in cuda._tickets.values())
+    for i,(a,b) in enumerate(zip(one, other)):
+        same(a, b, i)
+    for t in cuda._tickets.values():
+        assert (t==0).all()
 
 class Operators(TorchDispatchMode):
     "What PyTorch itself is asked to do"
-    def __init__(self): super().__init__(); self.names = []
+    def __init__(self):
+        super().__init__()
+        self.names = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.append(func._schema.name.split('::')[1])
         return func(*args, **(kwargs or {}))
 
 @each_layout
-@pytest.mark.parametrize('plan,each', [('as planned',1),('loop',1),('split',2)])
+@parametrize('plan,each', [('as planned',1), ('loop',1), ('split',2)])
 def test_one_launch_a_pass_or_two_and_nothing_else(layout, plan, each):
     "PyTorch only makes room, or views of it; with settings that are numbers, and with tensors"
-    x,affine = activations((2,6,5,7), T32, layout),(torch.ones(6),torch.ones(6))
+    x = activations((2,6,5,7), T32, layout)
+    affine = torch.ones(6),torch.ones(6)
+    numbers,tensors = (.3,1.),(torch.tensor(.3),torch.tensor(.5))
     def batch(state, step):
         _,saved = TritonKernels.forward(x, *affine, state, step)
         TritonKernels.backward(x, x, *affine, saved, state.grad, step)
-    for w,share in ((.3,1.),(torch.tensor(.3),torch.tensor(.5))):
-        state,step = narrow(new_state(6, trained=1), T32),KeptStep(2, w, .1, running_grad=share)
+    for weight,share in (numbers,tensors):
+        state = narrow(new_state(6, trained=1), T32)
+        step = KeptStep(2, weight, .1, running_grad=share)
         with planned(plan):
             batch(state, step) # the integers are made
             with launches() as names, Operators() as ops: batch(state, step)
@@ -171,22 +200,27 @@ def test_a_kernel_is_compiled_for_each_kind_of_call(layout, monkeypatch):
     monkeypatch.setattr(cuda.Plan, 'first_launch', first_launch)
     monkeypatch.setattr(cuda, 'current_stream', lambda index: 0)
     def begins(t, at):
-        "The same tensor, `at` values after an address that is a multiple of 16"
-        return torch.zeros(t.numel()+8)[at:at+t.numel()].as_strided(t.shape, t.stride())
-    x,w = laid_out(torch.zeros(2,4,5,3), layout),torch.ones(4)
-    saved,state,step = torch.zeros(7,4),narrow(new_state(4), T32),Step(2, .3, .1, running_grad=1.)
+        "Zeros laid out as `t`, `at` values after an address that is a multiple of 16"
+        n = t.numel()
+        room = torch.zeros(n+8)[at:at+n]
+        return room.as_strided(t.shape, t.stride())
+    x = laid_out(torch.zeros(2,4,5,3), layout)
+    w,saved = torch.ones(4),torch.zeros(7,4)
+    state = narrow(new_state(4), T32)
+    step = Step(2, .3, .1, running_grad=1.)
+    both = 0,1
     with planned('as planned'):
-        for a,b in [(0,0),(0,1),(1,0),(1,1)]*2:
+        for a,b in [*product(both, both)]*2:
             dy,x_ = begins(x, b),begins(x, a)
-            TritonKernels.backward(dy, x_, w, w, saved, state.grad, step)
+            TritonKernels.backward(dy, x_, w, w, saved, state.grad, step=step)
         assert compiled==['runbn_backward']*4
-        for times in range(2):
-            for weight in (None,w,w.bfloat16()):
-                for a in (0,1): TritonKernels.forward(begins(x, a), weight, None, state, step)
+        for weight,a in [*product((None,w,w.bfloat16()), both)]*2:
+            TritonKernels.forward(begins(x, a), weight, None, state, step)
         assert compiled[4:]==['runbn_forward']*6
-        for share in (.5,torch.tensor(.5),torch.tensor(.5, dtype=torch.float64)):
+        half = torch.tensor(.5)
+        for share in (.5,half,half.double()):
             other = step._replace(weight=share)
-            for times in range(2): TritonKernels.forward(x, w, None, state, other)
+            for _ in range(2): TritonKernels.forward(x, w, None, state, other)
         assert len(compiled)==12 # a number is there already
 
 # -------------------------------------------------------------------------------- as layers
@@ -198,18 +232,22 @@ def trained(layer, x, steps=3):
         a = (x*(1+i)).requires_grad_()
         y = layer(a)
         y.backward(gradients(x)) # of a fixed seed
-        res += [y.detach(), a.grad, *[p.grad.clone() for p in layer.parameters()]]
+        res += [y.detach(),a.grad]
+        res += [p.grad.clone() for p in layer.parameters()]
         layer.zero_grad()
-    return [*res, *[b.clone() for b in layer.buffers()]]
+    return res+[b.clone() for b in layer.buffers()]
 
 def are_those_of(exact, got, x):
     "Are `got` as `trained` has them of a layer in float64?"
-    for i,(a,b) in enumerate(zip(got, trained(exact, x.double()), strict=True)):
+    want = trained(exact, x.double())
+    for i,(a,b) in enumerate(zip(got, want, strict=True)):
         near(a, b.double(), 3e-5, f'value {i}')
 
-@pytest.mark.parametrize('kw', [{}, dict(affine=False), dict(momentum=.1), dict(momentum=None),
-    dict(window=8, running_grad=.5), dict(eval_window=None, clamp=None)], ids=str)
-@pytest.mark.parametrize('layout', ['contiguous','last'])
+layer_settings = [{}, dict(affine=False), dict(momentum=.1), dict(momentum=None),
+    dict(window=8, running_grad=.5), dict(eval_window=None, clamp=None)]
+
+@parametrize('kw', layer_settings, ids=str)
+@parametrize('layout', ['contiguous','last'])
 def test_layers(kw, layout):
     x = activations((2,4,5,3), T32, layout)
     layer = RunningBatchNorm2d(4, backend='triton', **kw)
@@ -218,37 +256,44 @@ def test_layers(kw, layout):
     exact = RunningBatchNorm2d(4, backend='formulas', dtype=torch.float64, **kw)
     are_those_of(exact, got, x)
 
-@pytest.mark.parametrize('dtype', [B16,H16], ids=str)
+@parametrize('dtype', [B16,H16], ids=str)
 def test_layers_in_half_precision(dtype):
-    layer,x = RunningBatchNorm2d(4, backend='triton', dtype=dtype),activations((4,4,5,3), dtype)
+    layer = RunningBatchNorm2d(4, backend='triton', dtype=dtype)
+    x = activations((4,4,5,3), dtype)
     layer.loss_scale = False
     exact = copy.deepcopy(layer)
     exact.backend = 'formulas'
     with on_the_cpu(): got = trained(layer, x, 2)
-    for i,(a,b) in enumerate(zip(got, trained(exact, x, 2))):
+    want = trained(exact, x, 2)
+    for i,(a,b) in enumerate(zip(got, want)):
         assert a.dtype==b.dtype
         near(a, b.double(), .05, f'value {i}', 2**-6)
 
-@pytest.mark.parametrize('reentrant', [True,False])
+@parametrize('reentrant', [True,False])
 def test_checkpointing(reentrant):
     x = activations((2,4,5,3), T32)
-    def norm(): return RunningBatchNorm2d(4, backend='triton')
-    plain = nn.Sequential(nn.Conv2d(4,4,1), norm(), nn.ReLU(), norm())
+    first,second = [RunningBatchNorm2d(4, backend='triton') for _ in range(2)]
+    plain = nn.Sequential(nn.Conv2d(4,4,1), first, nn.ReLU(), second)
     again = copy.deepcopy(plain)
-    def checkpointed(m, x): return checkpoint(m, x, use_reentrant=reentrant)
+    def checkpointed(x): return checkpoint(again, x, use_reentrant=reentrant)
+    def step(model, forward):
+        "Gradients and buffers after it"
+        a = x.clone().requires_grad_()
+        forward(a).square().sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        return [a.grad, *grads, *model.buffers()]
     with on_the_cpu():
         for _ in range(2):
-            got = []
-            for m,f in ((plain,lambda m,x: m(x)),(again,checkpointed)):
-                a = x.clone().requires_grad_()
-                f(m, a).square().sum().backward()
-                got.append([a.grad, *[p.grad for p in m.parameters()], *m.buffers()])
-            for i,(a,b) in enumerate(zip(*got)): near(a, b.double(), 1e-6, f'value {i}')
+            want = step(plain, plain)
+            got = step(again, checkpointed)
+            for i,(a,b) in enumerate(zip(want, got)):
+                near(a, b.double(), 1e-6, f'value {i}')
 
 def test_timms_activation_is_inside():
     pytest.importorskip('timm')
     from fastai_runbn.twins import RunningBatchNormAct2d
-    x,layer = activations((2,4,5,3), T32),RunningBatchNormAct2d(4, act_layer=nn.SiLU)
+    x = activations((2,4,5,3), T32)
+    layer = RunningBatchNormAct2d(4, act_layer=nn.SiLU)
     exact = copy.deepcopy(layer).double()
     layer.backend,exact.backend = 'triton','formulas'
     with on_the_cpu(), launches() as names: got = trained(layer, x)
@@ -266,8 +311,8 @@ def test_torch_compile():
     are_those_of(exact, got, x)
 
 # ------------------------------------------------------------------- where they cannot be had
-@pytest.mark.parametrize('plan', ['as planned','split'])
-@pytest.mark.parametrize('fails', all_four)
+@parametrize('plan', ['as planned','split'])
+@parametrize('fails', all_four)
 def test_a_kernel_that_does_not_compile(fails, plan, monkeypatch):
     "One warning, then formulas; nothing is counted twice"
     if plan=='as planned' and fails not in both_kernels: pytest.skip('not launched')
@@ -278,12 +323,14 @@ def test_a_kernel_that_does_not_compile(fails, plan, monkeypatch):
         if kernel.__name__==fails: raise cuda.NotCompiled('RuntimeError: no C compiler')
         return first(self, kernel, *args)
     monkeypatch.setattr(cuda.Plan, 'first_launch', broken)
-    x,layer = activations((2,4,5,6), T32),RunningBatchNorm2d(4, backend='triton')
+    x = activations((2,4,5,6), T32)
+    layer = RunningBatchNorm2d(4, backend='triton')
     exact = RunningBatchNorm2d(4, backend='formulas', dtype=torch.float64)
     with on_the_cpu(), planned(plan), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         got = trained(layer, x)
-    assert [str(w.message) for w in said]==[cuda._failed.format('RuntimeError: no C compiler')]
+    failed = cuda._failed.format('RuntimeError: no C compiler')
+    assert [str(w.message) for w in said]==[failed]
     assert layer.path=='formulas' and layer.num_batches_tracked==3
     are_those_of(exact, got, x)
 
