@@ -649,6 +649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_runbn.filters._Tracer': ('filters.html#_tracer', 'fastai_runbn/filters.py'),
                                       'fastai_runbn.filters._Tracer.is_leaf_module': ( 'filters.html#_tracer.is_leaf_module',
                                                                                        'fastai_runbn/filters.py'),
+                                      'fastai_runbn.filters._class': ('filters.html#_class', 'fastai_runbn/filters.py'),
                                       'fastai_runbn.filters._copy': ('filters.html#_copy', 'fastai_runbn/filters.py'),
                                       'fastai_runbn.filters._graphs': ('filters.html#_graphs', 'fastai_runbn/filters.py'),
                                       'fastai_runbn.filters._is_wrapper': ('filters.html#_is_wrapper', 'fastai_runbn/filters.py'),

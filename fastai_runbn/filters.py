@@ -61,12 +61,18 @@ def _is_wrapper(m):
     "Does `m` run other modules in a way that is not to be traced: on several devices, compiled?"
     return any(c.__module__.startswith(_wrappers) for c in type(m).__mro__)
 
+def _class(m):
+    "The class of `m`, for a copy: without a `__del__`, which would clean up what belongs to `m`"
+    cls = type(m)
+    if not hasattr(cls, '__del__'): return cls
+    return type(cls.__name__, (cls,), dict(__module__=cls.__module__, __del__=lambda self: None))
+
 def _copy(m, copies):
     "`m` and the modules in it once more, with the same tensors, without hooks; `copies` has those made so far"
     if m is None or m in copies: return copies.get(m)
     own = {k:copy(v) if isinstance(v, (dict,list,set)) else v for k,v in vars(m).items()}
     own.update({k:type(v)() for k,v in own.items() if k.endswith('_hooks')})
-    copies[m] = new = object.__new__(type(m))
+    copies[m] = new = object.__new__(_class(m))
     vars(new).update(own, _compiled_call_impl=None)
     if not isinstance(m, torch.jit.ScriptModule):
         vars(new)['_modules'] = {k:_copy(c, copies) for k,c in m._modules.items()}

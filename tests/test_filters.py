@@ -1,6 +1,9 @@
 "Which filters keep their means, and at which; what takes their output, against forwards with NaN"
+import gc
 import pytest,timm,torch
 from torch import nn
+from torchvision.models import resnet18
+from fastai.vision.all import DynamicUnet,create_body
 from fastai_runbn.all import to_runbn
 from fastai_runbn.filters import FilterMeans,next_layers
 
@@ -15,7 +18,7 @@ def same_means(got, want):
     for n in got: assert torch.equal(got[n], want[n]), n
 
 def test_filters_are_those_that_are_not_depthwise_nor_before_another_norm():
-    net = to_runbn(nn.Sequential(
+    layers = [
         nn.Conv1d(2,4,3), nn.BatchNorm1d(4),            # 0
         nn.Conv1d(4,4,3,groups=4), nn.BatchNorm1d(4),   # 2
         nn.Conv1d(4,8,3), nn.ReLU(), nn.BatchNorm1d(8), # 4
@@ -24,7 +27,8 @@ def test_filters_are_those_that_are_not_depthwise_nor_before_another_norm():
         nn.Conv1d(4,3,1), nn.PReLU(),                   # 12
         nn.ConvTranspose1d(3,4,1), nn.BatchNorm1d(4),   # 14
         nn.Conv1d(4,2,1), nn.BatchNorm1d(6),            # 16
-        nn.Conv1d(4,4,1)))                              # 18
+        nn.Conv1d(4,4,1)]                               # 18
+    net = to_runbn(nn.Sequential(*layers))
     want = {f'{i}.weight':drawn(net)[f'{i}.weight'] for i in (0,4,9,16)}
     for i in (0,4,16): want[f'{i}.weight'][::2] = 0       # before a norm
     same_means(kept(net), want)
@@ -137,6 +141,15 @@ def test_a_trace_leaves_nothing_behind():
     for m,attributes in before.items():
         assert vars(m).keys()==attributes.keys()
         assert all(vars(m)[k] is v for k,v in attributes.items())
+
+def test_a_copy_that_goes_does_not_clean_up():
+    "fastai's U-Net removes its hooks when it is deleted, and its decoder needs them"
+    body = create_body(resnet18(), 3, pretrained=False)
+    unet = to_runbn(DynamicUnet(body, 5, (32,32)))
+    FilterMeans(unet)
+    gc.collect()
+    assert all(h.hook is not None and not h.removed for h in unet.sfs)
+    assert unet(torch.randn(2,3,32,32)).shape==(2,5,32,32)
 
 def test_wrappers_are_looked_into_and_not_run():
     "Compiled as a whole, in place or in part; scripted; and with several devices"

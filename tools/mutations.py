@@ -140,6 +140,8 @@ mutations = [
         'copy(v) if isinstance(v, (dict,list,set)) else v', 'v', filters),
     ('filters: a trace draws random numbers', 'filters',
         'with torch.random.fork_rng(devices=[]): graphs', 'graphs', filters),
+    ('filters: a copy cleans up when it goes', 'filters', "if not hasattr(cls, '__del__'): return cls",
+        'return cls', filters),
     ('filters: compiled modules are traced', 'filters', 'if not _is_wrapper(m):', 'if True:', filters),
     ('filters: means from before the model has moved', 'callback',
         'self.means = None # not chosen yet', 'self.means = self._filter_means()', learners),
