@@ -40,7 +40,10 @@ def vector(m): return torch.cat([p.grad.flatten() for p in m.parameters()])
 def running(m):
     norms = [n for n in m.modules() if isinstance(n, RunningBatchNorm2d)]
     return torch.cat([n.window_grad.flatten() for n in norms])
-def off(a, b): return ((a-b).norm()/b.norm()).item()
+def off(a, b):
+    "Relative distance; 0 where both are the same, zero or not"
+    if torch.equal(a, b): return 0.
+    return ((a-b).norm()/b.norm()).item()
 def off_gradients(several, once):
     "How far gradients and running gradients are from those of the other"
     return (off(vector(several), vector(once)),
