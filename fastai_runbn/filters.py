@@ -102,7 +102,7 @@ def _takers(root, graph):
 
 def next_layers(
     model:nn.Module, # Of any kind
-)->dict: # Modules, of modules
+)->dict: # The next layer, by layer; keys and values are modules
     "Layers of `model` that have parameters: the layer that takes their output first, or None"
     layers,copies = [m for m in model.modules() if m._parameters],{}
     after = dict(zip(layers, [*layers[1:],None]))
