@@ -45,6 +45,8 @@ mutations = [
         'seeds = *seeds,(s.innovations,0.)', 'pass', contract),
     ('the last innovation in the place of their trace', 'moments', 'trace+e-a*trace', 'e',
         formulas),
+    ('squares of innovations remembered for 33 batches', 'moments', 'clamp(min=1/32)',
+        'clamp(min=1/33)', formulas),
     ('a trace that is as long as an average', 'moments', '*(a*(2-a)).sqrt()', '',
         formulas),
     ('C: the last innovation in the place of their trace', 'kernels/cpu.c',
