@@ -104,6 +104,15 @@ def test_notebook_is_executed(path):
             shown = any('image/png' in o.get('data',{}) for o in c['outputs'])
             assert shown, f"not executed: {src[:80]!r}"
 
+def test_source_that_a_page_shows_is_the_module_s():
+    "The page of CUDA kernels prints two of them"
+    page = json.loads((root/'nbs'/'03_kernels.cuda.ipynb').read_text())
+    cells = [c for c in page['cells'] if 'print(getsource(' in ''.join(c['source'])]
+    shown = [''.join(o['text']).strip() for c in cells for o in c['outputs']]
+    module = (package/'kernels'/'cuda.py').read_text()
+    assert len(shown)==2
+    assert all(text in module for text in shown), 'execute the page again'
+
 def test_readme_is_made_from_the_index():
     done = subprocess.run([sys.executable, str(root/'tools/readme.py'), '--check'],
         capture_output=True, text=True)
