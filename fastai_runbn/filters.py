@@ -71,7 +71,8 @@ def _copy(m, copies):
     "`m` and the modules in it once more, with the same tensors, without hooks; `copies` has those made so far"
     if m is None or m in copies: return copies.get(m)
     own = {k:copy(v) if isinstance(v, (dict,list,set)) else v for k,v in vars(m).items()}
-    own.update({k:type(v)() for k,v in own.items() if k.endswith('_hooks')})
+    hooks = [k for k,v in own.items() if k.endswith('_hooks') and isinstance(v, dict)]
+    own.update({k:type(own[k])() for k in hooks})
     copies[m] = new = object.__new__(_class(m))
     vars(new).update(own, _compiled_call_impl=None)
     if not isinstance(m, torch.jit.ScriptModule):

@@ -243,3 +243,22 @@ def check_overflow(kernels):
         assert have.isfinite().all()
         assert have[1]==was[1] and have[0]!=was[0]
     assert state.skipped==1
+
+def check_parts(kernels, x, dy, affine, a, b, step, equal):
+    """A forward and backward in one call, on the state `a`, and part by part, on its equal `b`;
+    `equal(have, want, what)` compares"""
+    y,saved = kernels.forward(x, *affine, a, step)
+    saved2 = kernels.statistics(x, b, step)
+    equal(saved2, saved, 'saved')
+    equal(kernels.normalize(x, *affine, saved2, step), y, 'y')
+    for have,want in zip(kernels.moments(x), saved[4:6]):
+        equal(have, want, 'moments')
+    dx,dw,db = kernels.backward(dy, x, *affine, saved, a.grad, step, scale=2.)
+    want = torch.stack((db, dw))
+    equal(kernels.sums(dy, x, *affine, saved2, step), want, 'sums')
+    G,sums = kernels.reaction(dy, x, *affine, saved2, b.grad, step, scale=2.)
+    equal(sums, want, 'sums of the reaction')
+    equal(kernels.dx(dy, x, *affine, saved2, G, step), dx, 'dx')
+    equal(saved2, saved, 'saved after the backward')
+    for name,have,want in zip(State._fields, b, a):
+        equal(have, want, name)

@@ -12,7 +12,7 @@ from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.moments import AdaptiveWindow
 from impls import backends,names,needs_kernels
 from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_calls,
-    check_overflow,check_what_others_write,gradients,halves,laid_out,narrow,
+    check_overflow,check_parts,check_what_others_write,gradients,halves,laid_out,narrow,
     near,new_state,same,statistics_dtype,tols)
 
 parametrize = pytest.mark.parametrize
@@ -143,22 +143,7 @@ def test_parts_are_the_whole(dtype, layout, act):
         for _ in range(2):
             x = activations(form, dtype, layout)
             dy = gradients(x, layout)
-            y,saved = Kernels.forward(x, *affine, a, step)
-            saved2 = Kernels.statistics(x, b, step)
-            same(saved2, saved, 'saved')
-            same(Kernels.normalize(x, *affine, saved2, step), y, 'y')
-            for have,want in zip(Kernels.moments(x), saved[4:6]):
-                same(have, want, 'moments')
-            dx,dw,db = Kernels.backward(dy, x, *affine, saved, a.grad, step, scale=2.)
-            want = torch.stack((db, dw))
-            same(Kernels.sums(dy, x, *affine, saved2, step), want, 'sums')
-            G,sums = Kernels.reaction(dy, x, *affine, saved2, b.grad, step, scale=2.)
-            same(sums, want, 'sums of the reaction')
-            dx2 = Kernels.dx(dy, x, *affine, saved2, G, step)
-            same(dx2, dx, 'dx')
-            same(saved2, saved, 'saved after the backward')
-            for name,have,want in zip(State._fields, b, a):
-                same(have, want, name)
+            check_parts(Kernels, x, dy, affine, a, b, step, equal=same)
 
 # --------------------------------------------------------------------------- odd things that come
 def dense(t): return t.detach().clone(memory_format=torch.contiguous_format)

@@ -11,14 +11,15 @@ pytest.importorskip('triton', reason='Triton comes with PyTorch on Linux')
 if torch.cuda.is_available():
     pytest.skip('there is a GPU: see test_cuda.py', allow_module_level=True)
 from fastai_runbn import functional
-from fastai_runbn.formulas import Formulas,KeptStep,State,Step
+from fastai_runbn.formulas import Formulas,KeptStep,Step
 from fastai_runbn.kernels import cuda
 from fastai_runbn.kernels.cuda import TritonKernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.twins import RunningBatchNormAct2d
 from interpreter import last_first,launches,on_the_cpu,planned,plans
 from pairs import (B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,
-    check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,same,small)
+    check_parts,check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,
+    same,small)
 
 parametrize = pytest.mark.parametrize
 halves[B16] = 2.**-7 # the interpreter does not round, it cuts off
@@ -112,25 +113,10 @@ def test_parts_are_the_whole(layout, act, plan):
     affine = torch.randn(5),torch.randn(5)
     a = narrow(new_state(5, trained=1), T32)
     b = narrow(a, T32)
-    k = TritonKernels
     def equal(have, want, what):
         near(have, want.double(), 1e-6, what)
     with planned(plan):
-        y,saved = k.forward(x, *affine, a, step)
-        saved2 = k.statistics(x, b, step)
-        equal(saved2, saved, 'saved')
-        equal(k.normalize(x, *affine, saved2, step), y, 'y')
-        for have,want in zip(k.moments(x), saved[4:6]):
-            equal(have, want, 'moments')
-        dx,dw,db = k.backward(dy, x, *affine, saved, a.grad, step, scale=2.)
-        want = torch.stack((db, dw))
-        equal(k.sums(dy, x, *affine, saved2, step), want, 'sums')
-        G,sums = k.reaction(dy, x, *affine, saved2, b.grad, step, scale=2.)
-        equal(sums, want, 'sums of the reaction')
-        equal(k.dx(dy, x, *affine, saved2, G, step), dx, 'dx')
-    equal(saved2, saved, 'saved after the backward')
-    for name,have,want in zip(State._fields, b, a):
-        equal(have, want, name)
+        check_parts(TritonKernels, x, dy, affine, a, b, step, equal)
 
 # ------------------------------------------------------------------- programs and their order
 @each_layout
