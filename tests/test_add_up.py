@@ -141,7 +141,7 @@ def test_forwards_and_backwards_in_any_order():
         left = left*kept+rhos[k]*g(ys[k])
         torch.testing.assert_close(m.window_grad, left, rtol=1e-12, atol=1e-12)
 
-def test_a_forward_without_a_backward_owes_nothing():
+def test_a_forward_without_a_backward_adds_nothing():
     m = RunningBatchNorm2d(3)
     x = torch.randn(2,3,5,5).requires_grad_()
     (m(x)**3).sum().backward()
@@ -151,7 +151,7 @@ def test_a_forward_without_a_backward_owes_nothing():
 
 @needs_compiler
 def test_compiled_forwards_before_their_backwards():
-    """What is owed is paid from the running gradient as it is in the backward,
+    """The running term is of the running gradient as it is in the backward,
     not as it was in the forward"""
     torch._dynamo.reset()
     eager = net()

@@ -47,7 +47,7 @@ def test_forwards_before_the_first_backward(n, settings):
 
 @both
 def test_backwards_on_one_retained_graph(settings):
-    """The first has what the forward owes, and each its own:
+    """The first adds the running term, and each its own:
     together they are one backward of the sum, running gradient included"""
     a,b = twins(warm(layer(**settings)))
     x = data().requires_grad_()

@@ -126,7 +126,8 @@ def test_export_and_trace_in_evaluation():
 @parametrize('train', [True,False], ids=['updates','held'])
 def test_operators_are_what_they_say(train):
     """They write what their schema says, and have results like those that tracers see. Not said is
-    the flag in `saved` that tells what is owed: a compiler would keep that in a copy"""
+    the flag in `saved` that tells if the running term is due: a compiler would keep that in a
+    copy"""
     norm = RunningBatchNorm2d(4, window=AdaptiveWindow())
     x = torch.randn(3,4,5,5)
     norm.running_mean.fill_(.5) # trained: its window is long, and moves with each batch

@@ -201,7 +201,7 @@ def test_G_is_running_grad_g_bar_plus_rest_rho_g(running_grad):
 
 @pytest.mark.parametrize('a', [.2,.01])
 @pytest.mark.parametrize('running_grad', [.25,1.])
-def test_what_is_owed_in_the_scale_is_clipped_to_4_by_the_mean_square(running_grad, a):
+def test_the_running_term_of_the_scale_is_clipped_to_4_by_the_mean_square(running_grad, a):
     start = torch.randn(2,3).double()
     far = t(0.,3.,40.)[:,None]
     o = backward(running_grad, grad=start.clone(),
@@ -210,8 +210,8 @@ def test_what_is_owed_in_the_scale_is_clipped_to_4_by_the_mean_square(running_gr
     assert (square>4).tolist()==[False,True,True]
     clip = (4/square).clamp(max=1)
     clip = torch.stack([torch.ones(3),clip])
-    owed = running_grad*(1-o['rho'])*start*clip
-    G = o['rho']*o['g']+owed
+    running_term = running_grad*(1-o['rho'])*start*clip
+    G = o['rho']*o['g']+running_term
     same(o['dx'], dx_with(o, *G))
     # what goes into the average is whole
     same(o['grad'], start+o['rho']*(o['g']-start))
