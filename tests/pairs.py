@@ -244,9 +244,10 @@ def check_overflow(kernels):
         assert have[1]==was[1] and have[0]!=was[0]
     assert state.skipped==1
 
-def check_parts(kernels, x, dy, affine, a, b, step, equal):
-    """A forward and backward in one call, on the state `a`, and part by part, on its equal `b`;
-    `equal(have, want, what)` compares"""
+def check_parts(kernels, x, dy, affine, states, step, equal):
+    """A forward and backward in one call, on the first of two equal states, and part by part,
+    on the second; `equal(have, want, what)` compares"""
+    a,b = states
     y,saved = kernels.forward(x, *affine, a, step)
     saved2 = kernels.statistics(x, b, step)
     equal(saved2, saved, 'saved')

@@ -143,7 +143,7 @@ def test_parts_are_the_whole(dtype, layout, act):
         for _ in range(2):
             x = activations(form, dtype, layout)
             dy = gradients(x, layout)
-            check_parts(Kernels, x, dy, affine, a, b, step, equal=same)
+            check_parts(Kernels, x, dy, affine, (a,b), step=step, equal=same)
 
 # --------------------------------------------------------------------------- odd things that come
 def dense(t): return t.detach().clone(memory_format=torch.contiguous_format)

@@ -116,7 +116,7 @@ def test_parts_are_the_whole(layout, act, plan):
     def equal(have, want, what):
         near(have, want.double(), 1e-6, what)
     with planned(plan):
-        check_parts(TritonKernels, x, dy, affine, a, b, step, equal)
+        check_parts(TritonKernels, x, dy, affine, (a,b), step=step, equal=equal)
 
 # ------------------------------------------------------------------- programs and their order
 @each_layout
