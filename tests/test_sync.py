@@ -131,8 +131,11 @@ def test_settings_ini_equals_pyproject():
     assert s['dev_requirements'].split() == p['optional-dependencies']['dev']
     assert s['keywords'].split() == p['keywords']
     assert s['min_python'] == p['requires-python'].lstrip('>=')
-    author = p['authors'][0]
-    assert (s['author'], s['author_email']) == (author['name'], author['email'])
+    author, = p['authors']
+    assert (s['author'], s['author_email']) == (author['name'], '')
+    urls = p['urls']
+    assert s['git_url'] == urls['Repository'] == f"https://github.com/{s['user']}/{s['repo']}"
+    assert s['doc_host']+s['doc_baseurl'] == urls['Documentation']
     scripts = [f'{k}={v}' for k,v in p['scripts'].items()]
     assert [s['console_scripts']] == scripts
     for k in ('lib_path','nbs_path','doc_path'):

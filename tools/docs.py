@@ -31,17 +31,32 @@ def rename(
     write_nb(nb, path)
     return path.rename(path.with_name(f'{found[1]}.ipynb'))
 
+def relink(
+    path:Path, # A staged notebook
+    names:dict, # Notebooks and their staged names, from the folder of pages
+):
+    """Change the names of notebooks in links: quarto knows what pages they make, smalldocs goes by
+    their names"""
+    files = {Path(n).name:Path(staged).name for n,staged in names.items()}
+    def renamed(m): return m[1]+files.get(m[2], m[2])
+    nb = read_nb(path)
+    for c in nb.cells:
+        if c.cell_type=='markdown':
+            c.source = re.sub(r'(\]\((?:[\w.]+/)*)([\w.]+\.ipynb)(?=[)#])', renamed, c.source)
+    write_nb(nb, path)
+
 def stage(
     processed:Path, # nbdev's folder of notebooks for quarto
     to:Path, # A new folder
 ):
-    "Copy what nbdev processed, each notebook under the name that its page has"
+    "Copy what nbdev processed, each notebook under the name that its page has, in links too"
     ignore = shutil.ignore_patterns('_docs', '.*', *repo_only)
     shutil.copytree(processed, to, ignore=ignore)
     names = {}
     for nb in [*to.rglob('*.ipynb')]:
         name = nb.relative_to(to).as_posix()
         names[name] = rename(nb).relative_to(to).as_posix()
+    for page in names.values(): relink(to/page, names)
     side = to/'sidebar.yml'
     text = side.read_text()
     listed = re.findall(r'\S+\.ipynb', text)
@@ -100,16 +115,17 @@ def dead_links(
 def unlink(
     site:Path, # The site's folder
 ):
-    """Take away links to what is not on the site: tests; of nbdev's own, the source, where the
-    project has no `Repository`, and exported names that no page documents"""
+    """Link to tests where the repository has them, and take away links of nbdev's own to exported
+    names that no page documents"""
+    repo = get_config(root).git_url
     ids = {p.resolve():Links(p).ids for p in site.rglob('*.html')}
     for p in ids:
         def kept(m):
             page,name = m[1],m[2]
             target = (p.parent/page).resolve()
             return m[0] if name in ids.get(target, [name]) else m[3]
-        text = re.sub(r'<a href="blob/[^>]*>.*?</a>', '', p.read_text(encoding='utf-8'))
-        text = re.sub(r'<a href="\.\./tests/[^>]*>(.*?)</a>', r'<code>\1</code>', text)
+        text = re.sub(r'(?<=<a href=")(?:\.\./)+(?=tests/)', f'{repo}/blob/main/',
+            p.read_text(encoding='utf-8'))
         text = re.sub(r'<a href="([\w./]+\.html)#(\w+)">(<code>\2</code>)</a>', kept, text)
         p.write_text(text, encoding='utf-8')
 

@@ -7,24 +7,10 @@ root = Path(__file__).resolve().parent.parent
 nbs = root/'nbs'
 note = '<!-- Made from nbs/index.ipynb by tools/readme.py: change it there -->'
 
-def _page(path):
-    "The name of the page that a notebook makes: `layers` of `nbs/05_layers.ipynb`"
-    name = path.relative_to(nbs).with_suffix('').as_posix()
-    return re.sub(r'^\d+[a-z]*_', '', name)
-
-def _link(m):
-    "A link of the site as one into the repository: `layers.html` is `nbs/05_layers.ipynb`"
-    page,anchor = m[1],m[2] or ''
-    found = [p for p in nbs.rglob('*.ipynb') if _page(p)==page]
-    if len(found)!=1:
-        raise SystemExit(f"nbs/index.ipynb links to {page}.html, "
-            f"but {len(found)} notebooks make that page")
-    return f'](nbs/{found[0].relative_to(nbs).as_posix()}{anchor})'
-
 def _markdown(src):
-    src = re.sub(r'\]\((\w[\w./]*)\.html(#[\w-]+)?\)', _link, src)
-    src = src.replace('](images/', '](nbs/images/')
-    return src.replace('](../tests/', '](tests/')
+    "Links from the folder of notebooks as links from the repository's root"
+    src = re.sub(r'\]\((?=\w[\w./]*\.ipynb|images/)', '](nbs/', src)
+    return src.replace('](../', '](')
 
 def _text(out):
     "The text of one output, the richest that Markdown can hold"
