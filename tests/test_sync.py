@@ -118,6 +118,11 @@ def test_readme_is_made_from_the_index():
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
+def test_readme_is_short():
+    "700 words before the list of pages, tables counted"
+    text,rest = (root/'README.md').read_text().split('## Read on')
+    assert rest and len(text.split()) <= 700
+
 def test_settings_ini_equals_pyproject():
     ini = ConfigParser()
     ini.read(root/'settings.ini')
