@@ -15,7 +15,7 @@ colab = 'https://colab.research.google.com'
 # what a tutorial needs beside the package
 extras = dict(boxes='[bench]', plain_pytorch='[lightning]', timm_torchvision='[bench]', volumes='[medical]')
 packages = dict(plain_pytorch='accelerate', production='onnx onnxruntime onnxscript safetensors')
-reads_study = 'boxes','how_well','segmentation','volumes'
+reads_study = 'boxes','how_well','related','segmentation','volumes'
 
 def badge(
     path:Path, # A notebook of this repository
