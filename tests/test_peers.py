@@ -2,7 +2,7 @@
 import numpy as np
 import pytest,torch
 from torch import nn
-from fastai_runbn.bench.peers import (BatchRenorm1d,BatchRenorm2d,BatchRenorm3d,CenConv1d,
+from fastai_runbn.peers import (BatchRenorm1d,BatchRenorm2d,BatchRenorm3d,CenConv1d,
     CenConv2d,CenConv3d,MABN1d,MABN2d,MABN3d,MABNMixin,centre_convs,centre_weight,use_norm)
 
 f64 = dict(dtype=torch.float64)
