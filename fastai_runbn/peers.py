@@ -326,7 +326,7 @@ def peers_to_bn(
     for m in layers:
         if type(m) not in _plain:
             raise TypeError(f"peers_to_bn: {type(m).__name__} is a subclass of a layer of "
-                "`fastai_runbn.peers`, and what it adds would be lost. Make it a plain layer first.")
+                "`fastai_runbn.peers`, and what it adds would be lost. Make it such a layer first.")
     weights = {m.weight for m in layers if isinstance(m, CenConvMixin)}
     with torch.no_grad():
         for w in weights: w.copy_(centre_weight(w))
