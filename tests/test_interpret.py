@@ -5,7 +5,7 @@ import numpy as np,pytest,torch
 import matplotlib.pyplot as plt
 from torch import nn
 from fastai_runbn.all import RunBNCallback,RunBNInterpretation,RunBNRecorder,to_runbn
-from fastai_runbn.bench.peers import use_norm
+from fastai_runbn.peers import use_norm
 from fastai_runbn.moments import AdaptiveWindow,lesson10_weight
 from learners import assert_same,fit,make,running,trained_stats
 

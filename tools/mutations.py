@@ -28,6 +28,8 @@ loops = ['tests/test_distributed.py','-k','other_loops and lightning']
 ranks = ['tests/test_distributed.py','-k','(written_out or one_process) and default or may_read or nan or last_batches or add_up or held_layers']
 adapts = ['tests/test_distributed.py','-k','adaptive']
 contract = ['tests/test_contract.py','-k','not compiled and not point_net and not lightning and not accelerate and not scale']
+peers = ['tests/test_peers.py','-n0','-k','not ddp and not timm and not compiled']
+peers_compiled = ['tests/test_peers.py','-n0','-k','compiled and MABN']
 adds = ['tests/test_add_up.py','-k','several_backwards or any_order or found_again']
 scales = ['tests/test_contract.py','-k','scale or lightning or accelerate or float16']
 
@@ -281,7 +283,28 @@ mutations = [
         graphs),
     ('graph: it stays when the batch is cancelled', 'graph',
         'if self.graphed is not None: self.graphed.remove()', 'pass', graphs),
-    ("graph: a scaler's own word recorded", 'graph', 'm.scaler_tells = False', 'pass', graphs)]
+    ("graph: a scaler's own word recorded", 'graph', 'm.scaler_tells = False', 'pass', graphs),
+    ('peers: the variance averaged, not the deviation', 'peers', 'sd_new**2-self.eps',
+        'self.running_var.lerp(v.to(sd), self.momentum)', peers),
+    ('peers: r not limited from below', 'peers', '.clamp(1/r_max, r_max)', '.clamp(max=r_max)',
+        peers),
+    ('peers: limits that open at once', 'peers', 'max(end-self.start, 1)', '1', peers),
+    ("peers: MABN's gradient by the batch alone", 'peers',
+        'psi = _recent_mean(ctx.recent_psi, psi, turn, averaged)', 'pass', peers),
+    ('peers: MABN has a window of one row', 'peers', '(t%self.window)[None]', '(t*0)[None]', peers),
+    ('peers: second derivatives of MABN without a word', 'peers',
+        '@once_differentiable # the average of Ψ is no function of this batch alone', '', peers),
+    ('peers: MABN compiled in one graph', 'peers',
+        'if torch.compiler.is_compiling(): torch._dynamo.graph_break()', 'pass', peers_compiled),
+    ('peers: an infinite limit taken', 'peers', 'and math.isfinite(value)', '', peers),
+    ('peers: a limit that is there before it begins', 'peers',
+        '_check(self, name, self.start, advice', '_check(self, name, 0, advice', peers),
+    ('peers: use_norm takes over all of the state', 'peers', 'if k in keep and k in has', 'if k in has',
+        peers),
+    ('peers: filters not centred on the way back', 'peers',
+        'for w in weights: w.copy_(centre_weight(w))', 'pass', peers),
+    ('peers: windows left behind on the way back', 'peers', 'if hasattr(m, name): delattr(m, name)',
+        'pass', peers)]
 
 # the same in Triton, in its interpreter
 in_triton = [

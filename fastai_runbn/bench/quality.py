@@ -33,8 +33,8 @@ from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.metrics import DiceMulti,JaccardCoeffMulti,Metric
-from .peers import BatchRenorm1d,BatchRenorm2d,BatchRenorm3d
-from .peers import MABN1d,MABN2d,MABN3d,centre_convs,use_norm
+from ..peers import BatchRenorm1d,BatchRenorm2d,BatchRenorm3d
+from ..peers import MABN1d,MABN2d,MABN3d,centre_convs,use_norm
 from .tasks import (VOID,bodies_dls,boxes_dls,digits_dls,mnist_dls,photos_dls,roads_dls,
     rows_dls,scenes_dls,volumes_dls)
 from .tasks import Detector,PlainUnet,body_and_head,lesson10_convnet,monai_unet

@@ -27,7 +27,7 @@ from ..reference import ReferenceRunningBatchNorm
 from ..kernels import cpu
 from ..layers import RunningBatchNorm2d,RunningBatchNorm3d
 from ..surgery import to_runbn
-from .peers import BatchRenorm2d,BatchRenorm3d,MABN2d,MABN3d,use_norm
+from ..peers import BatchRenorm2d,BatchRenorm3d,MABN2d,MABN3d,use_norm
 
 # %% ../../nbs/12_bench.speed.ipynb #7b10e0ab
 def _group_norm(C): return nn.GroupNorm(min(32, C), C)
