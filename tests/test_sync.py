@@ -43,6 +43,7 @@ def test_modules_are_what_the_notebooks_export(copy):
     for name in made:
         assert made[name] == have[name], (f"fastai_runbn/{name} and its notebook differ: "
             "run nbdev-export, or nbdev-update if the module is right")
+    assert (copy/'nbs'/'llms.txt').read_text()==(root/'nbs'/'llms.txt').read_text()
 
 def tool(name):
     "A module of `tools`"
