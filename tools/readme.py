@@ -9,7 +9,7 @@ note = '<!-- Made from nbs/index.ipynb by tools/readme.py: change it there -->'
 
 def _markdown(src):
     "Links from the folder of notebooks as links from the repository's root"
-    src = re.sub(r'^#\|.*\n', '', src, flags=re.M)
+    src = re.sub(r'\A#\|.*\n', '', src)
     src = re.sub(r'\]\((?=\w[\w./]*\.ipynb|images/)', '](nbs/', src)
     return src.replace('](../', '](')
 
