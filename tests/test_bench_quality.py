@@ -7,7 +7,7 @@ from PIL import Image
 from torch import nn
 from fastai.basics import Learner
 from fastai_runbn.bench import quality
-from fastai_runbn.bench.tasks import roads_dls,volumes_dls
+from fastai_runbn.bench.tasks import Detector,roads_dls,volumes_dls
 from fastai_runbn.bench.quality import (EmptyWindows,LabelDice,best_rate,due,load_quality,
     make_learner,regimes,trial)
 from fastai_runbn.layers import LESSON10,RunningBatchNorm2d,RunningBatchNormMixin
@@ -339,6 +339,25 @@ print(trial('R1 digits', 'ours', 32, .03, 0, epochs=1)['score'])'''
     assert float(p.stdout)>.5
 
 root = Path(__file__).resolve().parent.parent
+def test_a_detector_finds_the_same_where_gradients_are_kept():
+    torch.manual_seed(0)
+    net,x = Detector().eval(),torch.rand(2,3,96,128)
+    out = net(x, None)
+    with torch.no_grad(): same = net(x, None)
+    assert out.shape==(2,10,6) and out.requires_grad
+    assert torch.equal(out, same)
+
+def test_a_model_without_batchnorm_has_no_norms_on_small_maps():
+    assert quality._on_small_maps(nn.Conv2d(3,4,3))==[]
+
+def test_road_scenes_without_labels_are_named(tmp_path):
+    for split in ('train','val'):
+        for kind in ('images','labels'): (tmp_path/split/kind).mkdir(parents=True)
+        for kind in ('images','labels')[:1+(split=='val')]:
+            Image.new('L', (8,8)).save(tmp_path/split/kind/'a.png')
+    with pytest.raises(ValueError, match='images without labels: 1, a the first'):
+        roads_dls(tmp_path, 1, (8,8))
+
 tasks_of_readme = {"brain MRI, MONAI's 3-d U-Net, Dice":'V1 MONAI',
     'brain MRI, plain 3-d U-Net, Dice':'V1', 'boxes, Faster R-CNN, mAP':'V3',
     'road scenes, U-Net, IoU':'H8', 'photographs, small ResNet, accuracy':'R2',

@@ -153,6 +153,7 @@ class KeepDrawn(KeepMeans):
 def _on_small_maps(model, size=32, most=4):
     "Names of norms whose maps have at most so many positions, with images `size` pixels a side"
     found = [(n,m) for n,m in model.named_modules() if isinstance(m, _BatchNorm)]
+    if not found: return []
     names,norms = zip(*found)
     with hook_outputs(norms) as hooks:
         model.eval()(torch.zeros(1, 3, size, size))

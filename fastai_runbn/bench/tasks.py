@@ -388,7 +388,7 @@ def _roads(path, size):
     missing = [n for t,n,kind in found
         if kind=='images' and (t,n,'labels') not in found]
     if missing:
-        raise ValueError(f'{path}: no labels for {missing[0]} and {len(missing)-1} more images.')
+        raise ValueError(f'{path}: images without labels: {len(missing)}, {missing[0]} the first.')
     def pairs(wanted):
         return [(img,found[t,name,'labels'])
             for (t,name,kind),img in found.items()
@@ -647,11 +647,10 @@ class Detector(nn.Module):
             targets = [target(b) for b in boxes]
             losses = self.net([*x], targets)
             return torch.stack([*losses.values()])
-        res = x.new_zeros(len(x), 10, 6) # left, top, right, bottom, class, score
-        for r,d in zip(res, self.net([*x])):
+        def row(d): # left, top, right, bottom, class, score
             columns = d['boxes'],d['labels'][:,None],d['scores'][:,None]
-            r[:len(d['boxes'])] = torch.cat(columns, 1)
-        return res
+            return F.pad(torch.cat(columns, 1), (0,0,0,10-len(d['boxes'])))
+        return torch.stack([row(d) for d in self.net([*x])])
 
 # %% ../../nbs/12_bench.tasks.ipynb #8d3dcd47
 def small_efficientnet(
