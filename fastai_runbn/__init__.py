@@ -28,4 +28,4 @@ Modules:
 - `fastai_runbn.surgery`: Make every BatchNorm in a model a running norm, and back, in place and without losing anything
 - `fastai_runbn.twins`: Running norms in the place of layers of timm and fastai, made when they are first asked for"""
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"

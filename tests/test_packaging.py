@@ -32,13 +32,21 @@ def build(src, out, *args, **new):
     assert done.returncode == 0, said
     return said
 
+def tracked():
+    "What git tracks or would; in an unpacked sdist, where there is no git, what setuptools lists"
+    if (root/'.git').exists():
+        command = 'git','ls-files','--cached','--others','--exclude-standard'
+        listing = sh(*command, cwd=root).stdout
+    else: listing = (root/f'{package}.egg-info'/'SOURCES.txt').read_text()
+    made = f'{package}.egg-info/','PKG-INFO','setup.cfg'
+    files = [f for f in listing.splitlines() if not f.startswith(made)]
+    return [f for f in files if (root/f).is_file()]
+
 @pytest.fixture(scope='module')
 def sdist(tmp_path_factory):
     "Of a copy of what git tracks or would, so that no build leftovers get in; the wheel beside it"
     d = tmp_path_factory.mktemp('dist')
-    listing = sh('git', 'ls-files', '--cached', '--others', '--exclude-standard', cwd=root)
-    for f in listing.stdout.splitlines():
-        if not (root/f).is_file(): continue
+    for f in tracked():
         copy = d/'src'/f
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((root/f).read_bytes())
@@ -49,11 +57,17 @@ def sdist(tmp_path_factory):
 def wheel(sdist): return next(sdist.parent.glob('*.whl'))
 
 @pytest.fixture(scope='module')
-def bare_wheel(sdist, tmp_path_factory):
+def unpacked(sdist, tmp_path_factory):
+    "The folder that the sdist holds"
+    d = tmp_path_factory.mktemp('unpacked')
+    with tarfile.open(sdist) as f: f.extractall(d, filter='data')
+    return next(d.iterdir())
+
+@pytest.fixture(scope='module')
+def bare_wheel(unpacked, tmp_path_factory):
     "The wheel that comes of the sdist where there is no compiler"
     d = tmp_path_factory.mktemp('bare')
-    with tarfile.open(sdist) as f: f.extractall(d, filter='data')
-    said = build(next(d.iterdir()), d/'dist', '--wheel', CC='false')
+    said = build(unpacked, d/'dist', '--wheel', CC='false')
     assert 'building extension "fastai_runbn.kernels.runbn_cpu" failed' in said
     return next((d/'dist').glob('*.whl'))
 
@@ -90,8 +104,39 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     own = [n for n in names if '.dist-info' not in n]
     assert {n.split('/')[0] for n in own} == {package}
-    for n in ('all.py','callback.py','bench/tasks.py'): assert f'{package}/{n}' in names
+    for n in ('all.py','callback.py','bench/tasks.py','py.typed'): assert f'{package}/{n}' in names
     assert any(n.endswith('licenses/LICENSE') for n in names)
+
+def test_sdist_holds_what_git_tracks(sdist):
+    "All of it but what is for GitHub and CI, whose names begin with a dot; beside it setuptools' own"
+    top = sdist.name.removesuffix('.tar.gz')
+    with tarfile.open(sdist) as f:
+        names = {m.name.removeprefix(f'{top}/') for m in f.getmembers() if m.isfile()}
+    want = {f for f in tracked() if not f.startswith('.')}
+    assert want-names == set(), 'MANIFEST.in'
+    more = {n.split('/')[0] for n in names-want}
+    assert more == {'PKG-INFO','setup.cfg',f'{package}.egg-info'}
+
+quick = ('test_equations.py', 'test_lockstep.py', 'test_links.py',
+    'test_notebooks.py::test_all_are_found',
+    'test_sync.py::test_settings_ini_equals_pyproject',
+    'test_sync.py::test_readme_is_made_from_the_index',
+    'test_sync.py::test_every_notebook_is_in_the_sidebar',
+    'test_sync.py::test_mutations_are_of_the_code_as_it_is')
+
+def test_tests_of_the_sdist_run(unpacked, env):
+    """Quick ones, with the wheel that came of it: they need helpers, notebooks with their pictures,
+    tools, settings.ini, setup.py, CHANGELOG; `-I` so that the package beside them is not imported"""
+    pytest_ = env/'python','-I','-m','pytest','-n0','-p','no:cacheprovider'
+    done = sh(*pytest_, *[f'tests/{q}' for q in quick], cwd=unpacked)
+    assert done.returncode == 0, done.stdout+done.stderr
+
+def test_the_index_takes_them(sdist, wheel, bare_wheel):
+    "README renders there, and metadata are whole"
+    check = sys.executable,'-m','twine','check','--strict'
+    done = sh(*check, sdist, wheel, bare_wheel, cwd=root)
+    assert done.returncode == 0, done.stdout+done.stderr
+    assert done.stdout.count('PASSED') == 3
 
 def test_imports_from_the_wheel(env, tmp_path):
     code = 'import fastai_runbn.all as a; print(a.__file__); print(a.RunBNCallback())'
