@@ -7,6 +7,7 @@ from PIL import Image
 from torch import nn
 from fastai.basics import Learner
 from fastai_runbn.bench import quality
+from fastai_runbn.bench.families import families
 from fastai_runbn.bench.tasks import Detector,roads_dls,volumes_dls
 from fastai_runbn.bench.quality import (EmptyWindows,LabelDice,best_rate,due,load_quality,
     make_learner,regimes,trial)
@@ -385,3 +386,10 @@ def test_the_table_of_readme_is_the_studys():
             for n in ('this layer','BatchNorm','GroupNorm')]
         others = best.drop(['this layer','BatchNorm','GroupNorm'], errors='ignore')
         assert told==[*named, f'{shown(others.max())} {others.idxmax()}'], what
+
+def test_readme_counts_the_models():
+    "All families but two without BatchNorm, and one that is made here"
+    none = 'timm convnext_atto','timm vit_tiny_patch16_224','fused Conv+BN'
+    models = [n for n in families if n not in none]
+    assert {n.split()[0] for n in models}=={'timm','torchvision','fastai','smp','monai'}
+    assert f'|{len(models)} models of timm,' in (root/'README.md').read_text()
