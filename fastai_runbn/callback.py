@@ -11,27 +11,30 @@ __all__ = ['RunBNCallback']
 
 # %% ../nbs/10_callback.ipynb #c06f10ae
 import warnings
+from typing import Any
+from typing_extensions import Unpack
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.learner import Learner
 from fastai.torch_core import find_bs,rank_distrib
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
-from .layers import follow_scaler,running_norms,runbn_settings,set_batch_size
+from .layers import RunBNSettings,follow_scaler,running_norms,runbn_settings,set_batch_size
 from .schedule import unschedule
 from .graph import GraphCallback
-from .distributed import in_parallel,sync_modes,sync_window,unwrapped,window_sync
+from .distributed import SyncMode,in_parallel,sync_modes,sync_window,unwrapped,window_sync
 from .filters import FilterMeans
 from . import surgery
+from .surgery import FilterFn,Names,SurgeryReport
 
 # %% ../nbs/10_callback.ipynb #0e5f7c04
-def means_kept(keep_means, running_grad=None, **_):
+def means_kept(keep_means:bool|None, running_grad:float|None=None, **_:object)->bool:
     "Do filters keep their means? As `keep_means` says; `None`: unless statistics have no gradient"
     if keep_means not in (None,True,False):
         raise ValueError(f"keep_means={keep_means!r}: True, False or None was expected.")
     return running_grad!=0 if keep_means is None else keep_means
 
-def check_sync(sync):
+def check_sync(sync:str|None)->None:
     "Raise unless it is a way to share a window, or `None`"
     if sync is not None and sync not in sync_modes:
         raise ValueError(f"sync={sync!r}: 'step', 'layer' or None was expected.")
@@ -40,15 +43,16 @@ def check_sync(sync):
 @delegates(runbn_settings)
 class RunBNCallback(Callback):
     "Train with running batch norm: converts the BatchNorm layers of `learn.model` before a fit (`to_runbn`), which then stay converted"
+    means:FilterMeans|None # From the first training on
     order = -60 # Before all that wraps, hooks or moves the model
     def __init__(self,
-        include:str|list=None, # Names or globs of the layers to convert; default: all
-        exclude:str|list=None, # Names or globs of layers to leave
-        filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
+        include:Names|None=None, # Names or globs of the layers to convert; default: all
+        exclude:Names|None=None, # Names or globs of layers to leave
+        filter_fn:FilterFn|None=None, # `filter_fn(module, name)`: convert it?
         keep_means:bool|None=None, # Do filters keep their means (`FilterMeans`)? `None`: unless `running_grad` is 0
         graph:bool=False, # Forward and backward of the model in a CUDA graph? (`GraphCallback`)
-        sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
-        **kwargs # Settings of the layers
+        sync:SyncMode|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
+        **kwargs:Unpack[RunBNSettings] # Settings of the layers
     ):
         runbn_settings(**kwargs)
         check_sync(sync)
@@ -57,12 +61,12 @@ class RunBNCallback(Callback):
         self.choice = dict(include=include, exclude=exclude, filter_fn=filter_fn)
         self.keep_means,self.settings = means_kept(keep_means, **kwargs),kwargs
         self.graph,self.sync = graph,sync
-        self.means = None         # `FilterMeans`, from the first training on
+        self.means = None         # not chosen yet
         self._is_converted = False
         self._graph = self._sync = self._batch_size = None # of a fit
 
     @property
-    def report(self):
+    def report(self)->SurgeryReport:
         "What became of every norm of the model, as it is now, and of the filters of its convolutions, once it trained"
         report = surgery.surgery_report(unwrapped(self.learn.model), **self.choice)
         if self.means is None: report.filters = ''
@@ -75,7 +79,7 @@ class RunBNCallback(Callback):
         return self is next(cb for cb in self.learn.cbs if isinstance(cb, RunBNCallback))
 
     # Before a fit: convert
-    def before_fit(self):
+    def before_fit(self)->None:
         "Convert what is not converted yet; the window and statistics of what is stay as they are"
         if not self._is_first: return warnings.warn(_twice)
         unschedule(self.learn.model)
@@ -97,7 +101,7 @@ class RunBNCallback(Callback):
             if not rank_distrib(): warnings.warn(_no_sync_bn.format(self.sync))
 
     # Before training: what needs the model on its device, wrapped, of one mind on all ranks
-    def before_train(self):
+    def before_train(self)->None:
         "Choose the filters that keep their means, and on several ranks have them share windows"
         if not self._is_first: return
         model = self.learn.model
@@ -119,7 +123,7 @@ class RunBNCallback(Callback):
         return FilterMeans(unwrapped(self.learn.model), norms, params)
 
     # In each batch
-    def before_batch(self):
+    def before_batch(self)->None:
         "Tell the layers how many samples the batch has, which may be fewer than the rows that they see"
         if not self.training: return
         bs = find_bs(self.learn.yb or self.learn.xb)
@@ -128,7 +132,7 @@ class RunBNCallback(Callback):
         if bs!=self._batch_size and bs>0: set_batch_size(self.learn.model, bs)
         self._batch_size = bs
 
-    def before_backward(self):
+    def before_backward(self)->None:
         "On several ranks, of batches that are accumulated the last one sends"
         if not self._sync: return
         found = (cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation))
@@ -137,15 +141,15 @@ class RunBNCallback(Callback):
         if accumulation is not None:
             self._sync.hold = accumulation.count+find_bs(self.learn.yb)<accumulation.n_acc
 
-    def before_step(self):
+    def before_step(self)->None:
         "Gradients of filters that keep their means have none"
         if self.means: self.means.before_step()
 
-    def after_step(self):
+    def after_step(self)->None:
         "Filters keep their means"
         if self.means: self.means.after_step()
 
-    def after_fit(self):
+    def after_fit(self)->None:
         "Merge what is on its way, and let the layers count samples by themselves again"
         if self._sync: self._sync.settle()
         set_batch_size(self.learn.model, None)
@@ -162,13 +166,13 @@ _no_sync_bn = ("RunBNCallback(sync={!r}) has switched off sync_bn of Distributed
 # %% ../nbs/10_callback.ipynb #38af02ac
 @patch
 @delegates(surgery.to_runbn)
-def to_runbn(self:Learner, **kwargs):
+def to_runbn(self:Learner, **kwargs:Any)->Learner:
     "Make the BatchNorm layers of the model running norms, now; as `surgery.to_runbn`"
     surgery.to_runbn(self.model, **kwargs)
     return self
 
 @patch
-def to_bn(self:Learner):
+def to_bn(self:Learner)->Learner:
     "Make the running norms of the model BatchNorm again, and remove `RunBNCallback`"
     self.remove_cbs(self.cbs.filter(lambda cb: isinstance(cb, RunBNCallback)))
     surgery.to_bn(self.model)

@@ -12,10 +12,11 @@ __all__ = ['KeptMean', 'next_layers', 'FilterMeans']
 # %% ../nbs/08_filters.ipynb #92c64e72
 from collections import Counter
 from copy import copy
-from typing import NamedTuple
+from typing import Iterable,NamedTuple
 import torch
 from torch import fx,nn,Tensor
 from torch.nn.modules.conv import _ConvNd
+from typing_extensions import Self
 from .layers import RunningBatchNormMixin
 
 # %% ../nbs/08_filters.ipynb #78a3dec3
@@ -107,7 +108,7 @@ def _takers(root, graph):
 
 def next_layers(
     model:nn.Module, # Of any kind
-)->dict: # The next layer, by layer; keys and values are modules
+)->dict[nn.Module,nn.Module|None]: # The next layer, by layer
     "Layers of `model` that have parameters: the layer that takes their output first, or None"
     layers,copies = [m for m in model.modules() if m._parameters],{}
     after = dict(zip(layers, [*layers[1:],None]))
@@ -122,13 +123,15 @@ def next_layers(
 # %% ../nbs/08_filters.ipynb #dfe8e853
 class FilterMeans:
     "Filters of convolutions keep their means; before an untrained norm every second one has zero"
+    filters:dict[str,KeptMean] # By name
+    left:dict[str,str] # Why others are left alone, by name
     @torch.no_grad()
     def __init__(self,
         model:nn.Module, # With running norms; without any, nothing is kept
-        norms=None, # Names of the norms that count, of any kind; default: all running norms
-        params=None, # Parameters that are trained; default: those that require a gradient
+        norms:Iterable[str]|None=None, # Names of the norms that count, of any kind; default: all running norms
+        params:Iterable[Tensor]|None=None, # Parameters that are trained; default: those that require a gradient
     ):
-        self.filters,self.left = {},{} # names: `KeptMean`; names: why they are left alone
+        self.filters,self.left = {},{}
         modules = dict(model.named_modules())
         if norms is None:
             norms = [n for n,m in modules.items() if isinstance(m, RunningBatchNormMixin)]
@@ -151,19 +154,19 @@ class FilterMeans:
             self.filters[key] = KeptMean(w, mean, nonzero)
 
     @torch.no_grad()
-    def before_step(self):
+    def before_step(self)->None:
         "Take from the gradients of each filter their mean"
         for w,_,nonzero in self.filters.values():
             if w.grad is not None: w.grad.sub_(_mean(w.grad, nonzero))
 
     @torch.no_grad()
-    def after_step(self, *_):
+    def after_step(self, *_:object)->None:
         "Bring the filters back to the means that they keep"
         for w,mean,nonzero in self.filters.values(): w.sub_(_mean(w, nonzero)-mean)
 
     def on(self,
         opt:torch.optim.Optimizer, # Of PyTorch; with the model's own parameters, not with copies of them
-    ):
+    )->Self:
         "Do both with each step of `opt`, for the filters that it trains"
         trained = {id(p) for group in opt.param_groups for p in group['params']}
         for key in [k for k,o in self.filters.items() if id(o.weight) not in trained]:
@@ -181,7 +184,7 @@ class FilterMeans:
         opt.register_step_post_hook(self.after_step)
         return self
 
-    def __repr__(self):
+    def __repr__(self)->str:
         parts = [f'{len(self.filters)} keep their means']
         if n := sum(k.nonzero is not None for k in self.filters.values()): parts.append(f'{n} with zeros that stay')
         for why,n in Counter(self.left.values()).items():

@@ -12,8 +12,9 @@ __all__ = ['check_recordable', 'as_it_was', 'GraphedForward', 'GraphCallback']
 # %% ../nbs/09_graph.ipynb #9031dcbf
 import warnings
 from contextlib import contextmanager
+from typing import Any,Callable,Iterator,NoReturn
 import torch
-from torch import nn
+from torch import nn, Tensor
 from fastai.callback.core import Callback
 from .layers import RecentBatches,running_norms,runbn_settings
 from .distributed import in_parallel
@@ -25,7 +26,7 @@ _refused = ("A CUDA graph of {}: {}. A replay runs no Python. {}")
 
 def check_recordable(
     model:nn.Module, # To be recorded
-):
+)->None:
     "`RuntimeError` that says why and what to do, where a replay would leave something out"
     def refuse(why, todo):
         raise RuntimeError(_refused.format(type(model).__name__, why, todo))
@@ -42,8 +43,8 @@ def check_recordable(
 @contextmanager
 def as_it_was(
     model:nn.Module,
-    device, # Of the model
-):
+    device:torch.device, # Of the model
+)->Iterator[None]:
     "Buffers and random numbers are the same after as before"
     norms = running_norms(model)
     for m in norms: m.refresh_window() # which may make buffers
@@ -88,21 +89,21 @@ class GraphedForward:
         self.norms = running_norms(model)
         if not once: self.arm()
 
-    def arm(self):
+    def arm(self)->None:
         "Take the place of the model's forward"
         self.model.forward = self
 
-    def remove(self):
+    def remove(self)->None:
         "Give the model its own forward again"
         vars(self.model).pop('forward', None)
         if self.own is not None: self.model.forward = self.own
 
-    def plain(self, *args, **kwargs):
+    def plain(self, *args:Any, **kwargs:Any)->Any:
         "What the model does by itself"
         if self.own is not None: return self.own(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def key(self, args):
+    def key(self, args:tuple[Tensor,...])->tuple[Any,...]:
         "What a graph is recorded for: sizes, precision, what trains, and how"
         device,model = args[0].device.type,self.model
         def kind(a): return a.shape,a.stride(),a.dtype,a.device,a.requires_grad
@@ -114,7 +115,7 @@ class GraphedForward:
             tuple(b.data_ptr() for b in model.buffers()),
             tuple(tuple(map(_fixed, _settings(vars(m)))) for m in self.norms))
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args:Any, **kwargs:Any)->Any:
         if self.once: self.remove()
         tensors = args and not kwargs and all(torch.is_tensor(a) for a in args)
         trains = self.model.training and torch.is_grad_enabled()
@@ -130,7 +131,7 @@ class GraphedForward:
                 warnings.warn(_too_many.format(self.most))
         return graph(*args)
 
-    def record(self, args):
+    def record(self, args:tuple[Tensor,...])->Callable[...,Any]:
         "A function that replays forward and, for autograd, backward of a batch like this"
         model,device = self.model,args[0].device
         sample = tuple(a.detach().clone().requires_grad_(a.requires_grad) for a in args)
@@ -145,7 +146,7 @@ class GraphedForward:
         finally:
             if not self.once: self.arm()
 
-    def __reduce__(self): raise TypeError(_no_copy)
+    def __reduce__(self)->NoReturn: raise TypeError(_no_copy)
 
 # %% ../nbs/09_graph.ipynb #cf9c706c
 _no_gpu = "GraphCallback: the model is not on a GPU, and trains without a CUDA graph."
@@ -153,9 +154,9 @@ _no_gpu = "GraphCallback: the model is not on a GPU, and trains without a CUDA g
 class GraphCallback(Callback):
     "Train with forward and backward of the model in a CUDA graph, whatever norms it has"
     order = 90 # After all that changes the model
-    def __init__(self): self.graphed = None
+    def __init__(self)->None: self.graphed = None
 
-    def before_fit(self):
+    def before_fit(self)->None:
         "Say so, where there will be no graph"
         self.graphed = None # of a fit that was interrupted
         if not self.fits(): warnings.warn(_no_gpu)
@@ -164,17 +165,17 @@ class GraphCallback(Callback):
         "Is the model on a GPU?"
         return any(p.is_cuda for p in self.model.parameters())
 
-    def before_train(self):
+    def before_train(self)->None:
         "Look whether the model can be recorded"
         if not self.fits(): return
         if self.graphed is None: self.graphed = GraphedForward(self.model, once=True)
         else: check_recordable(self.model)
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "The model's forward is the graph's for this batch, if it is one to train on"
         if self.training and self.graphed is not None: self.graphed.arm()
 
-    def after_cancel_batch(self):
+    def after_cancel_batch(self)->None:
         if self.graphed is not None: self.graphed.remove()
 
-    def after_fit(self): self.graphed = None # and its memory
+    def after_fit(self)->None: self.graphed = None # and its memory

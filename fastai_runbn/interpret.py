@@ -14,12 +14,16 @@ from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
+from typing import Any,Iterable,Mapping,Sequence
 import itertools,math,torch
 import pandas as pd, matplotlib.pyplot as plt
-from torch import nn
+from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm,_NormBase
+from typing_extensions import Self
 from fastcore.basics import listify
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.torch_core import find_bs,no_random,to_device
 from .layers import RunningBatchNormMixin
 from .moments import AdaptiveWindow,adapt,batch_moments,window_share,window_weight
@@ -48,6 +52,7 @@ def _floor(m, seen):
 class RunBNRecorder(Callback):
     "Record the statistics of the running norms while they train, for `RunBNInterpretation`; from one fit to the next"
     order,run_valid = 62,False # After RunBNSchedule
+    history:dict[str,list[tuple[int,Tensor]]] # By layer: training batches so far, and `(4,channels)`
     def __init__(self,
         every:int=10, # Training batches from one record to the next
         channels:int=3, # Channels recorded of each layer
@@ -58,17 +63,17 @@ class RunBNRecorder(Callback):
         self.every,self.channels = every,channels
         self.reset()
 
-    def reset(self):
+    def reset(self)->None:
         "Forget what was recorded"
         self.batches,self.samples = 0,0
         self.history,self.norms = {},{}
         self.floored,self.looked = {},{}
 
-    def before_fit(self): self.norms = _norms(_unwrapped(self.learn.model))
-    def after_fit(self): self.norms = {}
+    def before_fit(self)->None: self.norms = _norms(_unwrapped(self.learn.model))
+    def after_fit(self)->None: self.norms = {}
 
     @torch.no_grad()
-    def after_batch(self):
+    def after_batch(self)->None:
         "Record, if it is time to; not in a learning rate search"
         if hasattr(self.learn, 'lr_finder'): return
         bs = find_bs(self.learn.xb)
@@ -107,11 +112,13 @@ def _bs(dls):
 # %% ../nbs/11_interpret.ipynb #30671e59
 class RunBNInterpretation:
     "What the running norms of `model` see; looks at the model and changes nothing in it"
+    model:nn.Module
+    norms:dict[str,RunningBatchNormMixin] # By name
     def __init__(self,
         model:nn.Module, # With running norms
-        dls=None, # `DataLoaders`, of which the validation set is taken, a `DataLoader` or a list of batches
-        bs:int=None, # Batch size of training; default: that of `dls`
-        recorder:RunBNRecorder=None, # Recorded while `model` trained; for `plot_layers` and `floor_hits`
+        dls:DataLoaders|Iterable[Any]|None=None, # `DataLoaders`, of which the validation set is taken, a `DataLoader` or a list of batches
+        bs:int|None=None, # Batch size of training; default: that of `dls`
+        recorder:RunBNRecorder|None=None, # Recorded while `model` trained; for `plot_layers` and `floor_hits`
     ):
         self.model = _unwrapped(model)
         self.norms = _norms(self.model)
@@ -126,11 +133,11 @@ class RunBNInterpretation:
 
     @classmethod
     def from_learner(cls,
-        learn, # A Learner whose model has running norms
+        learn:Learner, # Whose model has running norms
         ds_idx:int=1, # Index of `learn.dls` where `dl` is not given
-        dl=None, # A `DataLoader` or a list of batches to look at
-        bs:int=None, # Batch size of training; default: that of `learn.dls`
-    ):
+        dl:Iterable[Any]|None=None, # A `DataLoader` or a list of batches to look at
+        bs:int|None=None, # Batch size of training; default: that of `learn.dls`
+    )->Self:
         "Of the model, the data and what a `RunBNRecorder` has recorded"
         recorders = [cb for cb in learn.cbs if isinstance(cb, RunBNRecorder)]
         recorder = recorders[0] if recorders else None
@@ -171,7 +178,7 @@ class RunBNInterpretation:
     def plot_gap(self,
         n_batches:int=64, # Batches of the training size, drawn from the data
         seed:int=42, # Of the draw
-    ):
+    )->None:
         "Plot `gap` over the layers"
         df = self.gap(n_batches, seed)
         series = {'this layer alone':df.alone, 'all norms in training mode':df.together}
@@ -179,9 +186,9 @@ class RunBNInterpretation:
 
     @classmethod
     def compare(cls,
-        learners:dict, # Learners (or models) by name, at most six; BatchNorm's too
-        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-        bs:int=None, # Samples in a batch; default: the training batch size of the first
+        learners:Mapping[str,Learner|nn.Module], # Learners (or models) by name, at most six; BatchNorm's too
+        dl:Iterable[Any]|None=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        bs:int|None=None, # Samples in a batch; default: the training batch size of the first
         n_batches:int=64, # Batches, the same for all
         seed:int=42, # Of their draw
     )->pd.DataFrame: # `together` of `gap`, a row a layer and a column a learner
@@ -199,9 +206,9 @@ class RunBNInterpretation:
 
     @classmethod
     def disparity(cls,
-        learners:dict, # Learners (or models) by name, at most six, with any norms
-        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
-        bs:int=None, # Samples in a batch; default: the training batch size of the first
+        learners:Mapping[str,Learner|nn.Module], # Learners (or models) by name, at most six, with any norms
+        dl:Iterable[Any]|None=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        bs:int|None=None, # Samples in a batch; default: the training batch size of the first
         n_batches:int=64, # Batches, the same for all
         seed:int=42, # Of their draw
     )->pd.Series: # From 0 to 1, by name
@@ -222,9 +229,9 @@ class RunBNInterpretation:
 
     @classmethod
     def tile_mismatch(cls,
-        learners:dict, # Learners (or models) by name, at most six, with any norms
-        tile:tuple, # Positions of a tile, axis by axis; halves of them have to suit the model's strides
-        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        learners:Mapping[str,Learner|nn.Module], # Learners (or models) by name, at most six, with any norms
+        tile:tuple[int,...], # Positions of a tile, axis by axis; halves of them have to suit the model's strides
+        dl:Iterable[Any]|None=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
         margin:int=0, # Positions that are left out at all edges of tiles
         n:int=16, # Images, the same for all
         seed:int=42, # Of their draw
@@ -244,13 +251,13 @@ class RunBNInterpretation:
 
     @classmethod
     def plot_tiles(cls,
-        learners:dict, # Learners (or models) by name, at most six, with any norms
-        tile:tuple, # As in `tile_mismatch`
-        dl=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
+        learners:Mapping[str,Learner|nn.Module], # Learners (or models) by name, at most six, with any norms
+        tile:tuple[int,...], # As in `tile_mismatch`
+        dl:Iterable[Any]|None=None, # A `DataLoader` or a list of batches for all of them; default: the validation set of the first
         label:int=1, # Class whose probability is shown
-        at:int=None, # Slice of a volume, along its first axis; default: the middle one
+        at:int|None=None, # Slice of a volume, along its first axis; default: the middle one
         seed:int=42, # Of the draw of the image
-    ):
+    )->None:
         "Plot what models predict of an image in two tilings, and where these differ"
         models,dl,_ = _common(learners, dl, 1)
         def image(m):
@@ -286,12 +293,12 @@ class RunBNInterpretation:
             ax.set_title(title, fontsize='medium')
 
     def plot_window(self,
-        layer:str=None, # Its name; default: the first running norm
+        layer:str|None=None, # Its name; default: the first running norm
         channel:int=0, # Of the layer
-        bs:int=None, # Samples in a batch; default: the training batch size
+        bs:int|None=None, # Samples in a batch; default: the training batch size
         n_batches:int=100, # Batches drawn from the data
         seed:int=42, # Of the draw
-    ):
+    )->None:
         "Plot statistics of single batches, and the window's that takes them in"
         if layer is None: layer = next(iter(self.norms))
         if layer not in self.norms:
@@ -319,8 +326,8 @@ class RunBNInterpretation:
         _plot_scatter(pd.DataFrame(rows), mean, var, title)
 
     def plot_layers(self,
-        layers:list=None, # Names of up to six; default: four, evenly spaced
-    ):
+        layers:str|Sequence[str]|None=None, # Names of up to six; default: four, evenly spaced
+    )->None:
         "Plot the recorded means and standard deviations of windows over training, with those of evaluation"
         hist = self.recorder.history if self.recorder else {}
         if not hist:
@@ -362,7 +369,7 @@ class RunBNInterpretation:
         fig.legend(handles=keys, loc='outside lower center', ncols=2)
         fig.suptitle('Statistics of some channels over training, a colour each')
 
-    def suggestions(self)->list: # A line each; empty where all is well
+    def suggestions(self)->list[str]: # A line each; empty where all is well
         "Remarks on layers that look ill, and what to do"
         looked = self.recorder.looked if self.recorder else {}
         res = []

@@ -10,32 +10,37 @@ Docs: https://fastai-runbn.github.io/fastai_runbn/lightning.html.md"""
 __all__ = ['RunBNLightning']
 
 # %% ../nbs/10_lightning.ipynb #0a4f6f00
+from typing import TYPE_CHECKING,Any,Callable
+from typing_extensions import Unpack
 from fastcore.meta import delegates
 from fastai.torch_core import find_bs
 from .callback import check_sync,means_kept
 from .filters import FilterMeans
-from .distributed import sync_window
-from .layers import runbn_settings,set_batch_size
-from .surgery import surgery_report,to_runbn
-try: from lightning.pytorch import Callback
-except ImportError:
-    try: from pytorch_lightning import Callback
-    except ImportError as e:
-        raise ImportError("RunBNLightning is for Lightning, which is not installed: "
-            "`pip install 'fastai_runbn[lightning]'`.") from e
+from .distributed import SyncMode,sync_window
+from .layers import RunBNSettings,runbn_settings,set_batch_size
+from .surgery import FilterFn,Names,SurgeryReport,surgery_report,to_runbn
+if TYPE_CHECKING: from lightning.pytorch import Callback,LightningModule,Trainer
+else:
+    try: from lightning.pytorch import Callback,LightningModule,Trainer
+    except ImportError:
+        try: from pytorch_lightning import Callback,LightningModule,Trainer
+        except ImportError as e:
+            raise ImportError("RunBNLightning is for Lightning, which is not installed: "
+                "`pip install 'fastai_runbn[lightning]'`.") from e
 
 # %% ../nbs/10_lightning.ipynb #2ca56bfa
 @delegates(runbn_settings)
 class RunBNLightning(Callback):
     "Train with running batch norm: converts the BatchNorm layers of a LightningModule (`to_runbn`)"
+    report:SurgeryReport|None # From `setup` on
     def __init__(self,
-        include:str|list=None, # Names or globs of the layers to convert; default: all
-        exclude:str|list=None, # Names or globs of layers to leave
-        filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
+        include:Names|None=None, # Names or globs of the layers to convert; default: all
+        exclude:Names|None=None, # Names or globs of layers to leave
+        filter_fn:FilterFn|None=None, # `filter_fn(module, name)`: convert it?
         keep_means:bool|None=None, # Do filters keep their means? `None`: unless `running_grad` is 0
-        sync:str|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
-        batch_size:callable=None, # `batch_size(batch)`: samples in a batch; default: those of its first tensor, at most the loader's `batch_size`
-        **kwargs # Settings of the layers
+        sync:SyncMode|None='step', # On several ranks one window, by a collective a step ('step') or two a layer ('layer'), or one window each (`None`)
+        batch_size:Callable[[Any],int]|None=None, # `batch_size(batch)`: samples in a batch; default: those of its first tensor, at most the loader's `batch_size`
+        **kwargs:Unpack[RunBNSettings] # Settings of the layers
     ):
         runbn_settings(**kwargs)
         check_sync(sync)
@@ -44,13 +49,13 @@ class RunBNLightning(Callback):
         self.settings,self.sync,self.batch_size = kwargs,sync,batch_size
         self._sync = self._bs = self.report = None
 
-    def setup(self, trainer, pl_module, stage):
+    def setup(self, trainer:Trainer, pl_module:LightningModule, stage:str)->None:
         "Convert what is not converted yet"
         if self.report is None or surgery_report(pl_module, **self.choice).convertible:
             to_runbn(pl_module, **self.choice, **self.settings)
         self.report = surgery_report(pl_module, **self.choice)
 
-    def on_train_start(self, trainer, pl_module):
+    def on_train_start(self, trainer:Trainer, pl_module:LightningModule)->None:
         "Choose the filters that keep their means, and on several ranks share windows"
         norms = [r.name for r in self.report.running if not r.why]
         means = []
@@ -67,7 +72,8 @@ class RunBNLightning(Callback):
         if most: bs = min(bs, most)
         return bs
 
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+    def on_train_batch_start(self, trainer:Trainer, pl_module:LightningModule,
+                             batch:Any, batch_idx:int)->None:
         "Tell the layers how many samples the batch has"
         bs = self._samples(trainer, batch)
         if bs!=self._bs and bs>0: set_batch_size(pl_module, bs)
@@ -77,11 +83,12 @@ class RunBNLightning(Callback):
         set_batch_size(pl_module, None)
         self._sync = self._bs = None
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_end(self, trainer:Trainer, pl_module:LightningModule)->None:
         "Merge what is on its way, and let the layers count samples by themselves again"
         if self._sync: self._sync.settle()
         self._let_go(pl_module)
 
-    def on_exception(self, trainer, pl_module, exception):
+    def on_exception(self, trainer:Trainer, pl_module:LightningModule,
+                     exception:BaseException)->None:
         "Let the layers count samples by themselves again"
         self._let_go(pl_module)

@@ -33,7 +33,7 @@ class ReferenceRunningBatchNorm(nn.Module):
         for name in ('count','dbias','batch','step'):
             self.register_buffer(name, torch.tensor(0.))
 
-    def update_stats(self, x:Tensor):
+    def update_stats(self, x:Tensor)->None:
         "Average the batch's sums, squares and count into the buffers; old values carry no graph"
         bs,nc = x.shape[:2]
         dims = [d for d in range(x.ndim) if d!=1]

@@ -10,8 +10,10 @@ Docs: https://fastai-runbn.github.io/fastai_runbn/schedule.html.md"""
 __all__ = ['WarmupClamp', 'RunBNSchedule']
 
 # %% ../nbs/07_schedule.ipynb #98be29f4
+from typing import Any,Callable,Iterator
 import torch
-from torch import Tensor
+from matplotlib.axes import Axes
+from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from .layers import running_norms,runbn_settings
@@ -20,16 +22,16 @@ from .layers import running_norms,runbn_settings
 class WarmupClamp:
     "Floor under the variance until `samples` samples were seen, `sched(share of them seen)`"
     def __init__(self,
-        sched=0.01, # Floor by position in [0,1): a fastai schedule, any function of a float, or a number
+        sched:float|Callable[[float],float]=0.01, # Floor by position in [0,1): a fastai schedule, any function of a float, or a number
         samples:int=20, # Samples until the floor is gone; 0: no clamp
     ):
         f = sched if callable(sched) else lambda pos: sched
         values = [float(f(i/samples)) for i in range(samples)]
         self.values = torch.tensor(values)
-    def __len__(self): return len(self.values)
-    def __iter__(self): return iter(self.values.tolist())
-    def __getitem__(self, i): return self.values.tolist()[i]
-    def __repr__(self):
+    def __len__(self)->int: return len(self.values)
+    def __iter__(self)->Iterator[float]: return iter(self.values.tolist())
+    def __getitem__(self, i:int)->float: return self.values.tolist()[i]
+    def __repr__(self)->str:
         if not len(self): return 'WarmupClamp(none)'
         return f'WarmupClamp({self[0]:g} to {self[-1]:g} in {len(self)} samples)'
     def __call__(self,
@@ -42,9 +44,9 @@ class WarmupClamp:
         return padded[i].view(seen.shape)
 
     def plot(self,
-        ax=None, # Matplotlib axes; default: new ones
-        **kwargs # Passed to `ax.plot`, `label` for one
-    ):
+        ax:Axes|None=None, # Matplotlib axes; default: new ones
+        **kwargs:Any # Passed to `ax.step`, `label` for one
+    )->Axes:
         "Plot the floor against the samples seen, a little beyond its end; returns the axes"
         import matplotlib.pyplot as plt
         if ax is None: ax = plt.subplots(figsize=(5.5,3.2))[1]
@@ -70,7 +72,7 @@ def _share_settings(model, names):
             setattr(m, n, shared[n][where])
     return {n:list(ts.values()) for n,ts in shared.items()}
 
-def unschedule(model):
+def unschedule(model:nn.Module)->None:
     "Give the running norms of `model` back the settings that they had before a schedule"
     for m in running_norms(model):
         if (old:=vars(m).pop('unscheduled', None)) is not None:
@@ -82,9 +84,9 @@ class RunBNSchedule(Callback):
     "Schedule settings of the running norms over a fit; afterwards they are what they were"
     order,run_valid = 61,False # After ParamScheduler, whose `recorder.hps` is added to
     def __init__(self,
-        window=None, # Length of the window in samples by position in [0,1]: a function of a float
-        running_grad=None, # Share of the gradient taken from a running average, likewise
-        floor=None, # Least variance to normalise with, likewise; in the place of the layers' `clamp`
+        window:Callable[[float],float]|None=None, # Length of the window in samples by position in [0,1]: a function of a float
+        running_grad:Callable[[float],float]|None=None, # Share of the gradient taken from a running average, likewise
+        floor:Callable[[float],float]|None=None, # Least variance to normalise with, likewise; in the place of the layers' `clamp`
     ):
         scheds = dict(window=window, running_grad=running_grad, floor=floor)
         self.scheds = {k:f for k,f in scheds.items() if f is not None}
@@ -98,13 +100,13 @@ class RunBNSchedule(Callback):
                 setting = {'clamp':[value]} if k=='floor' else {k:value}
                 runbn_settings(**setting) # an error, if it is wrong
 
-    def before_fit(self):
+    def before_fit(self)->None:
         "Undo what an interrupted fit has left; nothing is scheduled yet"
         unschedule(self.learn.model)
         self.hps = {f'runbn_{k}':[] for k in self.scheds}
         self.shared = None
 
-    def before_batch(self):
+    def before_batch(self)->None:
         "Set the settings of this step; not in a learning rate search"
         if hasattr(self.learn, 'lr_finder'): return
         if self.shared is None:
@@ -114,13 +116,13 @@ class RunBNSchedule(Callback):
         for k,v in self.values.items():
             for t in self.shared[k]: t.fill_(v)
 
-    def after_batch(self):
+    def after_batch(self)->None:
         "Record the settings of this step"
         if self.shared is not None:
             for k,v in self.values.items():
                 self.hps[f'runbn_{k}'].append(v)
 
-    def after_fit(self):
+    def after_fit(self)->None:
         "Restore the settings, and leave what they were to the recorder"
         unschedule(self.learn.model)
         if self.shared is not None and hasattr(self.learn, 'recorder'):

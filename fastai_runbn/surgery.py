@@ -15,18 +15,19 @@ import warnings
 from collections import Counter
 from fnmatch import fnmatchcase
 from html import escape
-from typing import NamedTuple
+from typing import Any,Callable,Literal,Mapping,NamedTuple,Sequence,overload
 import pandas as pd,torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel,DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
+from typing_extensions import Unpack
 from fastcore.basics import listify
 from . import twins
 from .kernels import cpu
 from .moments import AutoMomentum,auto_momentum
-from .layers import RunningBatchNormMixin,RunningSyncBatchNorm,runbn_settings
+from .layers import Model,RunBNSettings,RunningBatchNormMixin,RunningSyncBatchNorm,runbn_settings
 from .layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 
 # %% ../nbs/06_surgery.ipynb #cc22aa40
@@ -35,8 +36,8 @@ norm_twins = {nn.BatchNorm1d:RunningBatchNorm1d, nn.BatchNorm2d:RunningBatchNorm
 _plain = {v:k for k,v in norm_twins.items()}
 
 def norm_twin(
-    cls:type, # Class of a layer
-)->type|None: # The running norm that takes its place, or None
+    cls:type[nn.Module], # Class of a layer
+)->type[RunningBatchNormMixin]|None: # The running norm that takes its place, or None
     "The twin of exactly the class `cls`"
     if cls not in norm_twins:
         lazy = twins.twin_of(cls)
@@ -44,9 +45,9 @@ def norm_twin(
     return norm_twins.get(cls)
 
 def register_norm(
-    old:type, # A subclass of PyTorch's BatchNorm, with a `forward` of its own
-    new:type, # Its twin: a subclass of `old` and of a running norm
-):
+    old:type[nn.Module], # A subclass of PyTorch's BatchNorm, with a `forward` of its own
+    new:type[nn.Module], # Its twin: a subclass of `old` and of a running norm
+)->None:
     "Let `to_runbn` make layers of exactly the class `old` ones of `new`, and `to_bn` the other way"
     def inherits(cls, *of):
         return isinstance(cls, type) and all(issubclass(cls, o) for o in of)
@@ -82,6 +83,9 @@ def _unfit(m):
     return ''
 
 # %% ../nbs/06_surgery.ipynb #14c4397a
+Names = str|Sequence[str] # Of layers, or globs
+FilterFn = Callable[[nn.Module,str],object] # Of a layer and its name: is it to be converted?
+
 def _unchosen(m, names, include, exclude, filter_fn):
     "Why the user's choice leaves `m`, known by `names`, out, or ''"
     def hit(pats):
@@ -105,7 +109,7 @@ class NormRow(NamedTuple):
     points:int=0 # Rows of its last training batch, where they are not samples
     samples:int=0 # Samples that it was taken for
 
-    def cells(self)->list: # Of the columns `_columns`
+    def cells(self)->list[str]: # Of the columns `_columns`
         "The row as text"
         channels = '' if self.channels is None else str(self.channels)
         why = [self.why]
@@ -125,26 +129,26 @@ def _plural(n, one, many=None): return f'{n} {one if n==1 else many or one+"s"}'
 class SurgeryReport:
     "The norms of a model, one `NormRow` each: what is converted, what could be, what is left alone and why"
     def __init__(self,
-        rows, # A `NormRow` each
-        others, # Numbers of other norms by the names of their classes
-        filters='' # A line about filters, of `FilterMeans`
+        rows:list[NormRow],
+        others:Mapping[str,int], # Numbers of other norms by the names of their classes
+        filters:str='' # A line about filters, of `FilterMeans`
     ):
         self.rows,self.others,self.filters = rows,others,filters
     def _having(self, status): return [r for r in self.rows if r.status==status]
     @property
-    def running(self):
+    def running(self)->list[NormRow]:
         "Rows of layers that are running norms"
         return self._having('running')
     @property
-    def convertible(self):
+    def convertible(self)->list[NormRow]:
         "Rows of layers that `to_runbn` would convert"
         return self._having('convertible')
     @property
-    def left_alone(self):
+    def left_alone(self)->list[NormRow]:
         "Rows of layers that `to_runbn` leaves as they are"
         return self._having('left alone')
     @property
-    def counts(self):
+    def counts(self)->str:
         "One line: how many running, convertible and left alone, and which other norms there are"
         parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible',
             f'{len(self.left_alone)} left alone']
@@ -156,7 +160,7 @@ class SurgeryReport:
             line += f'; also {others}'
         return line
     @property
-    def computed(self):
+    def computed(self)->str:
         "A line where kernels could compute the running norms faster than what there is; else ''"
         return _no_kernels if self.running and cpu.kernels is None else ''
     def _head(self):
@@ -164,7 +168,7 @@ class SurgeryReport:
         return [o for o in lines if o]
     def _cells(self): return [r.cells() for r in self.rows]
 
-    def __repr__(self):
+    def __repr__(self)->str:
         table = [_columns, *self._cells()]
         widths = [max(map(len, col)) for col in zip(*table)]
         def line(row):
@@ -217,9 +221,9 @@ def _check_model(model):
 # %% ../nbs/06_surgery.ipynb #7ce6207e
 def surgery_report(
     model:nn.Module, # Any model
-    include:str|list=None, # Names or globs of the layers to convert; default: all
-    exclude:str|list=None, # Names or globs of layers to leave
-    filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
+    include:Names|None=None, # Names or globs of the layers to convert; default: all
+    exclude:Names|None=None, # Names or globs of layers to leave
+    filter_fn:FilterFn|None=None, # `filter_fn(module, name)`: convert it?
 )->SurgeryReport: # One row a norm layer, whatever becomes of it
     "Which norms of `model` are running norms, which would be converted, and which are left alone, and why"
     _check_model(model)
@@ -257,15 +261,25 @@ def _row(names, m, include, exclude, filter_fn):
         channels=getattr(m, 'num_features', None), status=status, why=why,
         skipped=skipped, points=rows, samples=samples)
 
+# %% ../nbs/06_surgery.ipynb #0cbff094
+@overload # For type checkers: the model that goes in comes out …
+def to_runbn(model:Model, include:Names|None=None, exclude:Names|None=None,
+    filter_fn:FilterFn|None=None, dry_run:Literal[False]=False,
+    **settings:Unpack[RunBNSettings])->Model: ...
+@overload # … but for a dry run
+def to_runbn(model:nn.Module, include:Names|None=None, exclude:Names|None=None,
+    filter_fn:FilterFn|None=None, *, dry_run:Literal[True],
+    **settings:Unpack[RunBNSettings])->SurgeryReport: ...
+
 # %% ../nbs/06_surgery.ipynb #ece36215
 def to_runbn(
-    model:nn.Module, # Converted in place
-    include:str|list=None, # Names or globs of the layers to convert; default: all
-    exclude:str|list=None, # Names or globs of layers to leave
-    filter_fn:callable=None, # `filter_fn(module, name)`: convert it?
+    model:Model, # Converted in place
+    include:Names|None=None, # Names or globs of the layers to convert; default: all
+    exclude:Names|None=None, # Names or globs of layers to leave
+    filter_fn:FilterFn|None=None, # `filter_fn(module, name)`: convert it?
     dry_run:bool=False, # Change nothing, and return the report of what would be converted
-    **settings # Of `runbn_settings`
-)->nn.Module: # `model` itself, or a `SurgeryReport`
+    **settings:Unpack[RunBNSettings] # Of `runbn_settings`
+)->Model|SurgeryReport: # `model` itself, or a `SurgeryReport`
     "Make the BatchNorm layers of `model` running norms, in place; those that are get the `settings` given"
     runbn_settings(**settings)
     report = surgery_report(model, include, exclude, filter_fn)
@@ -313,8 +327,8 @@ def _revert(m):
 
 # %% ../nbs/06_surgery.ipynb #57b6276b
 def to_bn(
-    model:nn.Module, # Converted in place
-)->nn.Module: # `model` itself
+    model:Model, # Converted in place
+)->Model: # `model` itself
     "Make the running norms of `model` BatchNorm again, in place; evaluation stays the same to the bit"
     _check_model(model)
     for m in model.modules(): _revert(m)
@@ -338,8 +352,8 @@ def _bn_statistics(p, sd):
 
 # %% ../nbs/06_surgery.ipynb #cc943e0a
 def from_lesson10(
-    state_dict:dict, # Of a model with fast.ai's `RunningBatchNorm`; stays as it is
-)->dict: # The same, with BatchNorm's keys for those layers
+    state_dict:Mapping[str,Any], # Of a model with fast.ai's `RunningBatchNorm`; stays as it is
+)->dict[str,Any]: # The same, with BatchNorm's keys for those layers
     "Make a checkpoint with lesson 10's layers one of the same net with BatchNorm, or ours, in their places"
     new = dict(mults='weight', adds='bias')
     old = 'sums','sqrs','count','batch','step','dbias','factor','offset'

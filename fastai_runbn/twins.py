@@ -11,9 +11,11 @@ __all__ = ['act_inside', 'is_hooked', 'twin_of']
 
 # %% ../nbs/05_twins.ipynb #9ec6f75d
 from importlib import import_module
-from torch import nn
+from typing import Any
+from torch import nn, Tensor
 from torch.fx import Proxy
 from .moments import auto_momentum
+from .formulas import Act
 from .functional import is_traced
 from .layers import RunningBatchNorm1d,RunningBatchNorm2d,RunningSyncBatchNorm
 
@@ -22,8 +24,8 @@ _inside = {nn.ReLU:'relu', nn.SiLU:'silu'} # Activations that the norm computes 
 
 def act_inside(
     layer:nn.Module, # Of timm, with `drop` and `act`
-    x, # Activations
-)->str: # 'relu' or 'silu'; `None`: the norm is to leave it to the layer's own
+    x:Tensor, # Activations
+)->Act|None: # 'relu' or 'silu'; `None`: the norm is to leave it to the layer's own
     "The activation that a norm computes itself, one map of activations less"
     if not layer.training or layer.running_mean is None: return None
     fused = x.is_cpu or layer.backend=='triton' # by kernels; with operators it saves nothing
@@ -31,7 +33,7 @@ def act_inside(
     if is_hooked(layer.drop) or is_hooked(layer.act): return None
     return _inside.get(type(layer.act))
 
-def is_hooked(m):
+def is_hooked(m:nn.Module)->bool:
     "Does somebody want to see what goes through `m`?"
     return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
@@ -54,7 +56,7 @@ _twins = dict(
     RunningSyncBatchNormAct=('timm.layers.norm_act', 'SyncBatchNormAct', RunningSyncBatchNorm, {}),
     RunningBatchNorm1dFlat=('fastai.layers', 'BatchNorm1dFlat', RunningBatchNorm1d, {}))
 
-def __getattr__(name):
+def __getattr__(name:str)->type[Any]:
     "The twin of a layer of another library, made when it is first asked for"
     if name not in _twins: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module,old,running,members = _twins[name]
@@ -65,8 +67,8 @@ def __getattr__(name):
     return twin
 
 def twin_of(
-    cls:type, # A class of timm's or fastai's
-)->type|None:
+    cls:type[Any], # A class of timm's or fastai's
+)->type[Any]|None:
     "The twin made here of exactly the class `cls`"
     for name,(module,old,*_) in _twins.items():
         if (cls.__module__,cls.__qualname__)!=(module,old): continue
