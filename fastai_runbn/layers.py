@@ -376,11 +376,11 @@ class RunningBatchNormMixin(WindowBuffers):
         own = [f'{k}={v}' for k,v in shown.items()]
         return ', '.join([super().extra_repr(), *own])
 
-    def forward(self, x:Tensor)->Tensor:
-        "Normalise `x`, `(N,C,*)`: in training with the window, which it updates; else as BatchNorm"
-        if isinstance(x, Proxy): return self.as_leaf(x)
-        self._check_input_dim(x)
-        return self.keeper(self, x)
+    def forward(self, input:Tensor)->Tensor:
+        "Normalise `input`, `(N,C,*)`: in training with the window, which it updates; else as BatchNorm"
+        if isinstance(input, Proxy): return self.as_leaf(input)
+        self._check_input_dim(input)
+        return self.keeper(self, input)
 
     def normalized(self, x:Tensor, act:Act|None=None)->Tensor:
         "What `forward` returns, with the activation `act` ('relu', 'silu' or none) in training"

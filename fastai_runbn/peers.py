@@ -92,17 +92,17 @@ class BatchRenormMixin:
         return r_max,d_max
 
     def forward(self,
-        x:Tensor, # Activations, `(N,C,*)`
-    )->Tensor: # y, as `x`
+        input:Tensor, # Activations, `(N,C,*)`
+    )->Tensor: # y, as `input`
         "Normalise with the batch, pulled towards the running statistics; in evaluation with those alone"
-        if not self.training: return super().forward(x)
-        self._check_input_dim(x)
+        if not self.training: return super().forward(input)
+        self._check_input_dim(input)
         _check_averages(self)
-        r,d = self._correct(x)
+        r,d = self._correct(input)
         w,b = r,d
         if self.weight is not None:
             w,b = self.weight*r,self.weight*d+self.bias
-        return F.batch_norm(x, None, None, w, b,
+        return F.batch_norm(input, None, None, w, b,
             training=True, momentum=0., eps=self.eps)
 
     @torch.no_grad()
@@ -203,20 +203,20 @@ class MABNMixin:
         return ', '.join([super().extra_repr(), *(f'{n}={getattr(self, n)}' for n in own)])
 
     def forward(self,
-        x:Tensor, # Activations, `(N,C,*)`, of mean zero or near it
-    )->Tensor: # y, as `x`
+        input:Tensor, # Activations, `(N,C,*)`, of mean zero or near it
+    )->Tensor: # y, as `input`
         "Divide by the root of the averaged second moment; in evaluation by that of the exponential average"
-        if not self.training: return super().forward(x)
-        self._check_input_dim(x)
+        if not self.training: return super().forward(input)
+        self._check_input_dim(input)
         _check_averages(self)
         w,b = self.weight,self.bias
         if w is None:
             w = torch.ones_like(self.running_var)
             b = torch.zeros_like(self.running_var)
-        averages = self._averages(x)
+        averages = self._averages(input)
         # compiled together, the backward would compute r again, of averages that have moved on
         if torch.compiler.is_compiling(): torch._dynamo.graph_break()
-        return _MABN.apply(x, w, b, *averages)
+        return _MABN.apply(input, w, b, *averages)
 
     @torch.no_grad()
     def _averages(self, x):
@@ -251,10 +251,10 @@ def centre_weight(
 class CenConvMixin:
     "What turns `nn.Conv1d/2d/3d`, which have to come second, into convolutions with centred weights"
     def forward(self,
-        x:Tensor, # Activations, `(N,n_in,*)`
+        input:Tensor, # Activations, `(N,n_in,*)`
     )->Tensor: # `(N,n_out,*)`
         "Convolve with the centred weight"
-        return self._conv_forward(x, centre_weight(self.weight), self.bias)
+        return self._conv_forward(input, centre_weight(self.weight), self.bias)
 
 class CenConv1d(CenConvMixin, nn.Conv1d): "`nn.Conv1d` with centred weights"
 class CenConv2d(CenConvMixin, nn.Conv2d): "`nn.Conv2d` with centred weights"

@@ -198,8 +198,9 @@ def _patterns(pats, rows, arg):
     names = [n for ns,_ in rows for n in ns]
     for p in pats:
         if any(fnmatchcase(n, p) for n in names): continue
-        raise ValueError(f"{arg}={p!r} matches no norm layer. Their names are {_first(names)}; a "
-            f"container's layers are '{p}.*'.")
+        inside = '' if set(p) & set('*?[') else f"; a container's layers are '{p}.*'"
+        raise ValueError(f"{arg}={p!r} matches no norm layer. "
+            f"Their names are {_first(names)}{inside}.")
     return pats
 
 def _first(names, n=8):

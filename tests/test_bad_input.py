@@ -45,6 +45,13 @@ def test_an_unknown_pattern_names_the_layers_there_are(arg):
     with pytest.raises(ValueError, match='matches no norm layer'): fit(learn)
     assert not running(learn)
 
+def test_a_container_is_suggested_for_a_name_only():
+    def said(pattern):
+        with pytest.raises(ValueError) as e: to_runbn(net(), exclude=pattern)
+        return str(e.value)
+    assert said('head').endswith("a container's layers are 'head.*'.")
+    assert said('head.*').endswith("Their names are '1', '4'.")
+
 def test_a_converted_model_passed_twice_changes_nothing():
     model = to_runbn(net(), running_grad=.3)
     model(torch.randn(2,3,8,8))

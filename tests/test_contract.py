@@ -2,6 +2,7 @@
 with BatchNorm's meaning, or is an error that names the remedy"""
 import io,pickle,shutil,subprocess,sys,warnings
 from copy import deepcopy
+from inspect import signature
 import pytest,timm,torch
 from torch import nn
 from torch.amp import GradScaler
@@ -13,10 +14,13 @@ from torch.testing import assert_close
 from torchvision.models import resnet18
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
+from timm.layers.norm_act import BatchNormAct2d,SyncBatchNormAct
 from fastai.basics import Callback,CancelStepException,CrossEntropyLossFlat,DataLoaders,Learner,SGD
+from fastai.layers import BatchNorm1dFlat
+from fastai_runbn import peers,twins
 from fastai_runbn import all as public
 from fastai_runbn.all import FilterMeans,RunBNCallback,RunBNInterpretation
-from fastai_runbn.all import RunningBatchNorm1d,RunningBatchNorm2d
+from fastai_runbn.all import RunningBatchNorm1d,RunningBatchNorm2d,RunningBatchNorm3d
 from fastai_runbn.all import follow_scaler,set_batch_size,surgery_report,to_bn,to_runbn
 from impls import backends
 from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
@@ -65,6 +69,21 @@ def unchanged(m, before):
 def pickled(m): return pickle.loads(pickle.dumps(m))
 def name_of(f): return f.__name__
 def float_net(): return to_runbn(net()).float()
+
+# calls
+
+@parametrize('ours,theirs', [(RunningBatchNorm1d,nn.BatchNorm1d), (RunningBatchNorm2d,nn.BatchNorm2d),
+    (RunningBatchNorm3d,nn.BatchNorm3d), (twins.RunningBatchNormAct2d,BatchNormAct2d),
+    (twins.RunningSyncBatchNormAct,SyncBatchNormAct), (twins.RunningBatchNorm1dFlat,BatchNorm1dFlat),
+    (peers.BatchRenorm2d,nn.BatchNorm2d), (peers.MABN2d,nn.BatchNorm2d),
+    (peers.CenConv2d,nn.Conv2d)], ids=lambda cls: cls.__name__)
+def test_the_input_has_the_name_that_it_has_there(ours, theirs):
+    names = [[*signature(cls.forward).parameters] for cls in (ours,theirs)]
+    assert names[0]==names[1]
+
+def test_an_input_can_be_given_by_name():
+    x = batch()
+    assert torch.equal(norm()(input=x), norm()(x))
 
 # momentum
 

@@ -263,7 +263,7 @@ mutations = [
     ("contract: the spread between batches in BatchNorm's average", 'formulas',
         'new_var = torch.lerp(var, unbiased, share)', 'pass', formulas),
     ('contract: torch.fx looks into the layer', 'layers',
-        'if isinstance(x, Proxy): return self.as_leaf(x)', 'pass', contract),
+        'if isinstance(input, Proxy): return self.as_leaf(input)', 'pass', contract),
     ('contract: a window on meta stays uninitialised', 'layers',
         "filled = old['window_mean'].is_meta and not self.window_mean.is_meta", 'filled = False',
         contract),

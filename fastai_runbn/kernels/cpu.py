@@ -32,7 +32,7 @@ pack_call = Struct('3qd25P').pack
 address = Tensor.data_ptr
 threads = torch.get_num_threads
 
-def load()->ctypes.CDLL: # `None` where there are none, or not for this platform
+def load()->ctypes.CDLL|None: # `None` where there are none, or not for this platform
     "The kernels that pip has built"
     for path in (files('fastai_runbn')/'kernels').glob('runbn_cpu*'):
         try: lib = ctypes.CDLL(str(path))
