@@ -361,7 +361,7 @@ def test_road_scenes_without_labels_are_named(tmp_path):
 
 tasks_of_readme = {"brain MRI, MONAI's 3-d U-Net, Dice":'V1 MONAI',
     'brain MRI, plain 3-d U-Net, Dice':'V1', 'boxes, Faster R-CNN, mAP':'V3',
-    'road scenes, U-Net, IoU':'H8', 'photographs, small ResNet, accuracy':'R2',
+    "road scenes, fastai's U-Net, IoU":'V2', 'photographs, small ResNet, accuracy':'R2',
     'fine-tuning it':'R4', 'clothes, MobileNetV3':'H2'}
 norms_of_readme = {'ours':'this layer', 'BatchNorm':'BatchNorm',
     **dict.fromkeys(('GroupNorm','GroupNorm, means kept','GroupNorm + WS'), 'GroupNorm'),
