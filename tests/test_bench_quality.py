@@ -351,14 +351,6 @@ def test_a_detector_finds_the_same_where_gradients_are_kept():
 def test_a_model_without_batchnorm_has_no_norms_on_small_maps():
     assert quality._on_small_maps(nn.Conv2d(3,4,3))==[]
 
-def test_road_scenes_without_labels_are_named(tmp_path):
-    for split in ('train','val'):
-        for kind in ('images','labels'): (tmp_path/split/kind).mkdir(parents=True)
-        for kind in ('images','labels')[:1+(split=='val')]:
-            Image.new('L', (8,8)).save(tmp_path/split/kind/'a.png')
-    with pytest.raises(ValueError, match='images without labels: 1, a the first'):
-        roads_dls(tmp_path, 1, (8,8))
-
 tasks_of_readme = {"brain MRI, MONAI's 3-d U-Net, Dice":'V1 MONAI',
     'brain MRI, plain 3-d U-Net, Dice':'V1', 'boxes, Faster R-CNN, mAP':'V3',
     "road scenes, fastai's U-Net, IoU":'V2', 'photographs, small ResNet, accuracy':'R2',
