@@ -11,7 +11,8 @@ def absolute(
     text:str, # Markdown, with links from the repository's root
     urls:dict, # `project.urls` of pyproject.toml
 )->str:
-    "Pictures as files of the repository, notebooks as pages of the documentation, the rest as the repository shows it"
+    """Pictures as files of the repository, notebooks as pages of the documentation, the rest as the
+    repository shows it"""
     repo,docs = urls['Repository'],urls['Documentation']
     def link(m):
         path,anchor = m[1],m[2] or ''
@@ -24,4 +25,5 @@ def absolute(
 if __name__=='__main__':
     project = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))['project']
     readme = (root/'README.md').read_text(encoding='utf-8')
-    setup(long_description=absolute(readme, project['urls']), long_description_content_type='text/markdown')
+    setup(long_description=absolute(readme, project['urls']),
+        long_description_content_type='text/markdown')

@@ -1,6 +1,8 @@
 """Running batch norm for fastai and PyTorch: train with 1, 2 or 4 images per batch, with one callback
 
-Batch norm takes its mean and variance from the batch, and one or two images are too few for that. With `fastai_runbn` a model's BatchNorm layers normalise with a *window* of recent batches instead. Model, optimizer and checkpoints stay what they are.
+Batch norm takes its mean and variance from the batch, and one or two images are too few for that.
+With `fastai_runbn` a model's BatchNorm layers normalise with a *window* of recent batches instead.
+Model, optimizer and checkpoints stay what they are.
 
 Modules:
 

@@ -1,6 +1,10 @@
 """`runbn`: the command line
 
-**In this room**: `runbn demo`, `runbn convert` and `runbn bench`. The shell calls it; it calls [callback](10_callback.ipynb), [surgery](06_surgery.ipynb) and the benchmarks. An error is one line, and exit code 2.
+**In this room**:
+`runbn demo`, `runbn convert` and `runbn bench`.
+The shell calls it;
+it calls [callback](10_callback.ipynb), [surgery](06_surgery.ipynb) and the benchmarks.
+An error is one line, and exit code 2.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/cli.html.md"""
 
@@ -209,7 +213,8 @@ def demo(
     console.print(f"{task.how}; seed {seed}; {where}", soft_wrap=True)
     plot_curves(learns, title, out, task.score)
     console.print(f"Learning curves: {out}")
-    console.print(f"Next: {task.next}; or your own Learner, with cbs=RunBNCallback()", soft_wrap=True)
+    console.print(f"Next: {task.next}; or your own Learner, with cbs=RunBNCallback()",
+        soft_wrap=True)
 
 # %% ../nbs/13_cli.ipynb #bd7c10da
 def _without_windows(sd):

@@ -1,6 +1,8 @@
 """One window on many processes, with one collective a step
 
-**In this room**: what keeps the windows of several processes equal. [Callbacks](10_callback.ipynb) call `sync_window`; a layer's `keeper` is then a `WindowSync`, whose forward and backward stand in the place of the layer's own. The merge is [formulas'](02_formulas.ipynb) for all layers at once, and tests hold the two together.
+**In this room**: what keeps the windows of several processes equal.
+[Callbacks](10_callback.ipynb) call `sync_window`; a layer's `keeper` is then a `WindowSync`, whose forward and backward stand in the place of the layer's own.
+The merge is [formulas'](02_formulas.ipynb) for all layers at once, and tests hold the two together.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/distributed.html.md"""
 

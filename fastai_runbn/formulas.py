@@ -1,6 +1,8 @@
 """A running norm in PyTorch's operators, forward and backward: what kernels have to equal
 
-**In this room**: forward and backward on a `State` and a `Step`. [Functional](04_functional.ipynb) calls it, kernels inherit from it, and it calls [moments](01_moments.ipynb). This is the page to change first: kernels are tested against it in outputs, gradients and state.
+**In this room**: forward and backward on a `State` and a `Step`.
+[Functional](04_functional.ipynb) calls it, kernels inherit from it, and it calls [moments](01_moments.ipynb).
+This is the page to change first: kernels are tested against it in outputs, gradients and state.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/formulas.html.md"""
 

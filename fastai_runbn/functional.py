@@ -1,6 +1,9 @@
 """`running_norm`: the operation under the layers, for autograd, `torch.compile` and tracers
 
-**In this room**: the one autograd function, the choice of who computes, and the operators that a compiler sees. [Layers](05_layers.ipynb) call `running_norm`; it calls [formulas](02_formulas.ipynb) and kernels. Without a layer there is `running_batch_norm`, on tensors. What is changed here is changed for all layers, eager and compiled.
+**In this room**: the one autograd function, the choice of who computes, and the operators that a compiler sees.
+[Layers](05_layers.ipynb) call `running_norm`; it calls [formulas](02_formulas.ipynb) and kernels.
+Without a layer there is `running_batch_norm`, on tensors.
+What is changed here is changed for all layers, eager and compiled.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/functional.html.md"""
 

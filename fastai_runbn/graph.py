@@ -1,6 +1,8 @@
 """A model's forward and backward in a CUDA graph, where launches are what takes the time
 
-**In this room**: a CUDA graph around a model's forward and backward. `RunBNCallback(graph=True)` calls it, and it works with any norms. It asks [distributed](09_distributed.ipynb) whether ranks share a model, which it cannot record.
+**In this room**: a CUDA graph around a model's forward and backward.
+`RunBNCallback(graph=True)` calls it, and it works with any norms.
+It asks [distributed](09_distributed.ipynb) whether ranks share a model, which it cannot record.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/graph.html.md"""
 

@@ -1,6 +1,8 @@
 """What the running norms of a model see: a table, plots and remarks on layers that look ill
 
-**In this room**: tables and plots of what running norms see, and measures of any norms (train/eval disparity, tile mismatch). Nothing of the library calls it; it looks at [layers](05_layers.ipynb) through hooks and copies. A model is afterwards as it was, to the bit and in its modes.
+**In this room**: tables and plots of what running norms see, and measures of any norms (train/eval disparity, tile mismatch).
+Nothing of the library calls it; it looks at [layers](05_layers.ipynb) through hooks and copies.
+A model is afterwards as it was, to the bit and in its modes.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/interpret.html.md"""
 

@@ -1,6 +1,8 @@
 """`RunBNLightning`: one callback, and a Trainer trains with running batch norm
 
-**In this room**: the callback of [RunBNCallback](10_callback.ipynb) for Lightning's `Trainer`. Nothing of the library calls it, and it is imported where Lightning is installed only; it calls [surgery](06_surgery.ipynb), [filters](08_filters.ipynb) and [distributed](09_distributed.ipynb).
+**In this room**: the callback of [RunBNCallback](10_callback.ipynb) for Lightning's `Trainer`.
+Nothing of the library calls it, and it is imported where Lightning is installed only;
+it calls [surgery](06_surgery.ipynb), [filters](08_filters.ipynb) and [distributed](09_distributed.ipynb).
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/lightning.html.md"""
 

@@ -1,6 +1,8 @@
 """The mean and variance of a batch, and merging them into a window
 
-**In this room**: the arithmetic of a window, functions of a few numbers a channel, without layers or state. [Formulas](02_formulas.ipynb), [layers](05_layers.ipynb) and [distributed](09_distributed.ipynb) call it, it calls nothing of the library. A change of the arithmetic has to be made three times more, in C, in Triton and in `tests/oracle.py`, which tests notice.
+**In this room**: the arithmetic of a window, functions of a few numbers a channel, without layers or state.
+[Formulas](02_formulas.ipynb), [layers](05_layers.ipynb) and [distributed](09_distributed.ipynb) call it, it calls nothing of the library.
+A change of the arithmetic has to be made three times more, in C, in Triton and in `tests/oracle.py`, which tests notice.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/moments.html.md"""
 

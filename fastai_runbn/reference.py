@@ -1,6 +1,8 @@
 """Lesson 10's running batch norm in plain PyTorch: the layer that everything else here is compared with
 
-**In this room**: lesson 10's layer, complete, in plain PyTorch. Nothing of the library calls it: tests and benchmarks compare every other form with it. Change it only where the lesson says otherwise; those tests fail then.
+**In this room**: lesson 10's layer, complete, in plain PyTorch.
+Nothing of the library calls it: tests and benchmarks compare every other form with it.
+Change it only where the lesson says otherwise; those tests fail then.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/reference.html.md"""
 

@@ -1,6 +1,8 @@
 """The small-batch warmup clamp: a floor under the variance until enough samples were seen
 
-**In this room**: the floor under the variance, and settings that change over a fit. [RunBNCallback](10_callback.ipynb) undoes what a schedule left; both change settings of [layers](05_layers.ipynb). A schedule's settings are tensors that all layers share, so that no value is compiled in.
+**In this room**: the floor under the variance, and settings that change over a fit.
+[RunBNCallback](10_callback.ipynb) undoes what a schedule left; both change settings of [layers](05_layers.ipynb).
+A schedule's settings are tensors that all layers share, so that no value is compiled in.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/schedule.html.md"""
 

@@ -1,6 +1,8 @@
 """Running norms in the place of layers of timm and fastai, made when they are first asked for
 
-**In this room**: running norms that are also timm's or fastai's layers. [Surgery](06_surgery.ipynb) asks for them; they inherit from [layers](05_layers.ipynb). A new layer of those libraries gets its twin here, one of a user's own by `register_norm`.
+**In this room**: running norms that are also timm's or fastai's layers.
+[Surgery](06_surgery.ipynb) asks for them; they inherit from [layers](05_layers.ipynb).
+A new layer of those libraries gets its twin here, one of a user's own by `register_norm`.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/twins.html.md"""
 

@@ -72,9 +72,11 @@ def float_net(): return to_runbn(net()).float()
 
 # calls
 
-@parametrize('ours,theirs', [(RunningBatchNorm1d,nn.BatchNorm1d), (RunningBatchNorm2d,nn.BatchNorm2d),
+@parametrize('ours,theirs', [
+    (RunningBatchNorm1d,nn.BatchNorm1d), (RunningBatchNorm2d,nn.BatchNorm2d),
     (RunningBatchNorm3d,nn.BatchNorm3d), (twins.RunningBatchNormAct2d,BatchNormAct2d),
-    (twins.RunningSyncBatchNormAct,SyncBatchNormAct), (twins.RunningBatchNorm1dFlat,BatchNorm1dFlat),
+    (twins.RunningSyncBatchNormAct,SyncBatchNormAct),
+    (twins.RunningBatchNorm1dFlat,BatchNorm1dFlat),
     (peers.BatchRenorm2d,nn.BatchNorm2d), (peers.MABN2d,nn.BatchNorm2d),
     (peers.CenConv2d,nn.Conv2d)], ids=lambda cls: cls.__name__)
 def test_the_input_has_the_name_that_it_has_there(ours, theirs):

@@ -28,7 +28,8 @@ def test_all_are_found():
     assert {p.stem for p in forms} == {'bug','question'}
 
 @each_workflow
-@pytest.mark.parametrize('schema', ['vendor.github-workflows','custom.github-workflows-require-timeout'])
+schemas = 'vendor.github-workflows','custom.github-workflows-require-timeout'
+@pytest.mark.parametrize('schema', schemas)
 def test_workflow_is_valid(path, schema):
     check = sys.executable,'-m','check_jsonschema','--builtin-schema',schema
     done = subprocess.run([*check, str(path)], capture_output=True, text=True)
@@ -63,7 +64,8 @@ def test_pythons_of_ci_are_those_of_the_classifiers():
     used = [s['with']['python-version'] for s in steps if 'setup-python' in s.get('uses', '')]
     assert used == [listed[0]] == [project['requires-python'].removeprefix('>=')]
 
-needs = dict(markdown='value', textarea='label', input='label', dropdown='options', checkboxes='options')
+needs = dict(markdown='value', textarea='label', input='label',
+    dropdown='options', checkboxes='options')
 
 @each_form
 def test_issue_form_is_as_github_wants_it(path):

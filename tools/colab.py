@@ -13,7 +13,8 @@ repo = tomllib.loads((root/'pyproject.toml').read_text())['project']['urls']['Re
 colab = 'https://colab.research.google.com'
 
 # what a tutorial needs beside the package
-extras = dict(boxes='[bench]', plain_pytorch='[lightning]', timm_torchvision='[bench]', volumes='[medical]')
+extras = dict(boxes='[bench]', plain_pytorch='[lightning]',
+    timm_torchvision='[bench]', volumes='[medical]')
 packages = dict(plain_pytorch='accelerate', production='onnx onnxruntime onnxscript safetensors')
 reads_study = 'boxes','how_well','related','segmentation','volumes'
 
@@ -23,7 +24,8 @@ def badge(
     "A picture that is a link to the notebook in Colab"
     where = path.relative_to(root).as_posix()
     there = repo.removeprefix('https://github.com/')
-    return f'[![Open in Colab]({colab}/assets/colab-badge.svg)]({colab}/github/{there}/blob/main/{where})'
+    picture = f'![Open in Colab]({colab}/assets/colab-badge.svg)'
+    return f'[{picture}]({colab}/github/{there}/blob/main/{where})'
 
 def installs(
     name:str, # Of a tutorial
@@ -32,7 +34,8 @@ def installs(
     what = f"'fastai_runbn{extras.get(name, '')}' {packages.get(name, '')}".rstrip()
     lines = ['#| hide', '#| eval: false', f'! [ -e /content ] && pip install -q {what} # on Colab']
     if name in reads_study:
-        lines.append(f'! [ -e /content ] && wget -qP .. {repo}/raw/main/nbs/quality.jsonl # its figures')
+        file = f'{repo}/raw/main/nbs/quality.jsonl'
+        lines.append(f'! [ -e /content ] && wget -qP .. {file} # its figures')
     return '\n'.join(lines)
 
 def _is_ours(cell): return colab in cell.source or '[ -e /content ]' in cell.source
@@ -54,4 +57,5 @@ def mark(
     write_nb(nb, path)
 
 if __name__=='__main__':
-    for path in sorted((root/'nbs'/'tutorials').glob('*.ipynb')): mark(path, '--check' in sys.argv[1:])
+    check = '--check' in sys.argv[1:]
+    for path in sorted((root/'nbs'/'tutorials').glob('*.ipynb')): mark(path, check)

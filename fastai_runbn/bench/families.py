@@ -1,6 +1,7 @@
 """Does surgery fit real models? The families of timm, torchvision, fastai, segmentation_models_pytorch and MONAI, there and back, and what it costs
 
-**In this room**: models of five libraries, converted and back. Tests and a user who wonders about a model call it; it calls [surgery](06_surgery.ipynb).
+**In this room**: models of five libraries, converted and back.
+Tests and a user who wonders about a model call it; it calls [surgery](06_surgery.ipynb).
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/bench.families.html.md"""
 

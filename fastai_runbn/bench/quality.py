@@ -1,6 +1,9 @@
 """How well does the layer train? Regimes, norms, batch sizes, learning rates and seeds, with real Learners
 
-**In this room**: norms, regimes, and the trials of both. The [command line](13_cli.ipynb) calls it; it calls [tasks](12_bench.tasks.ipynb), [peers](05_peers.ipynb) and [callback](10_callback.ipynb). A row tells its regime by name: what changes a regime makes old rows another's.
+**In this room**: norms, regimes, and the trials of both.
+The [command line](13_cli.ipynb) calls it;
+it calls [tasks](12_bench.tasks.ipynb), [peers](05_peers.ipynb) and [callback](10_callback.ipynb).
+A row tells its regime by name: what changes a regime makes old rows another's.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/bench.quality.html.md"""
 

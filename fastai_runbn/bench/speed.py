@@ -1,6 +1,9 @@
 """How fast is the layer? Forward, backward and whole training steps, beside BatchNorm and the others, in one interleaved run
 
-**In this room**: what is timed, and how. The [command line](13_cli.ipynb) calls it; it calls [layers](05_layers.ipynb) and [peers](05_peers.ipynb). Figures of this page are of the machine that they name.
+**In this room**: what is timed, and how.
+The [command line](13_cli.ipynb) calls it;
+it calls [layers](05_layers.ipynb) and [peers](05_peers.ipynb).
+Figures of this page are of the machine that they name.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/bench.speed.html.md"""
 

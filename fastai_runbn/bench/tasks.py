@@ -1,6 +1,9 @@
 """Small tasks on which norms are compared: digits, photographs, segmentations, and the nets that learn them
 
-**In this room**: loaders and nets. The [study](12_bench.quality.ipynb), the demo, pages and tests call them; they call nothing of the library. They are part of the study: a net that is changed makes its rows another's.
+**In this room**: loaders and nets.
+The [study](12_bench.quality.ipynb), the demo, pages and tests call them;
+they call nothing of the library.
+They are part of the study: a net that is changed makes its rows another's.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/bench.tasks.html.md"""
 

@@ -1,6 +1,7 @@
 """On a GPU: the kernels of PyTorch's SyncBatchNorm
 
-**In this room**: four methods of [formulas](02_formulas.ipynb) by operators that PyTorch has for SyncBatchNorm. [Functional](04_functional.ipynb) takes them for tensors on CUDA. It may go once Triton's kernels have been seen on a GPU.
+**In this room**: four methods of [formulas](02_formulas.ipynb) by operators that PyTorch has for SyncBatchNorm.
+[Functional](04_functional.ipynb) takes them for tensors on CUDA. It may go once Triton's kernels have been seen on a GPU.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/kernels.aten.html.md"""
 

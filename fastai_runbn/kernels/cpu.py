@@ -1,6 +1,10 @@
 """A running norm in C: one call forward, one backward
 
-**In this room**: the C of a running norm and the Python that calls it. [Functional](04_functional.ipynb) takes it for tensors on the CPU; it inherits from [formulas](02_formulas.ipynb). The layout of `call` is written twice, here and in `cpu.c`; where the two differ in size, the kernels are not loaded.
+**In this room**: the C of a running norm and the Python that calls it.
+[Functional](04_functional.ipynb) takes it for tensors on the CPU;
+it inherits from [formulas](02_formulas.ipynb).
+The layout of `call` is written twice, here and in `cpu.c`;
+where the two differ in size, the kernels are not loaded.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/kernels.cpu.html.md"""
 
