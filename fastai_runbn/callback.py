@@ -1,11 +1,9 @@
 """`RunBNCallback`: one argument, and a Learner trains with running batch norm
 
-**In this room**:
-`RunBNCallback`, `Learner.to_runbn` and `Learner.to_bn`.
+**In this room**: `RunBNCallback`, `Learner.to_runbn` and `Learner.to_bn`.
 It is the room that users enter by;
 it calls [surgery](06_surgery.ipynb), [filters](08_filters.ipynb), [distributed](09_distributed.ipynb) and [graph](09_graph.ipynb), at the right moment of a fit.
-Its order among fastai's callbacks is what can break:
-[below](#converting-in-before_fit).
+Its order among fastai's callbacks is what can break: [below](#converting-in-before_fit).
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/callback.html.md"""
 

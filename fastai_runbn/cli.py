@@ -1,7 +1,6 @@
 """`runbn`: the command line
 
-**In this room**:
-`runbn demo`, `runbn convert` and `runbn bench`.
+**In this room**: `runbn demo`, `runbn convert` and `runbn bench`.
 The shell calls it;
 it calls [callback](10_callback.ipynb), [surgery](06_surgery.ipynb) and the benchmarks.
 An error is one line, and exit code 2.

@@ -1,11 +1,9 @@
 """The filters of convolutions keep their means
 
-**In this room**:
-`FilterMeans`, which holds the mean of each filter of a convolution.
+**In this room**: `FilterMeans`, which holds the mean of each filter of a convolution.
 [RunBNCallback](10_callback.ipynb) and [RunBNLightning](10_lightning.ipynb) call it, and loops of your own;
 it asks [layers](05_layers.ipynb) only which module is a running norm.
-Which filters it takes decides what a model learns:
-[how well](tutorials/how_well.ipynb#the-norm-and-its-filters) has the figures.
+Which filters it takes decides what a model learns: [how well](tutorials/how_well.ipynb#the-norm-and-its-filters) has the figures.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/filters.html.md"""
 

@@ -2,8 +2,7 @@
 
 **In this room**: the layers, their settings and buffers, and what BatchNorm's users may expect of them.
 All rooms above work on these; they call [functional](04_functional.ipynb).
-The names of buffers are in users' checkpoints, and `momentum`, `eps` and `track_running_stats` have BatchNorm's meaning:
-`tests/test_contract.py` has the cases.
+The names of buffers are in users' checkpoints, and `momentum`, `eps` and `track_running_stats` have BatchNorm's meaning: `tests/test_contract.py` has the cases.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/layers.html.md"""
 

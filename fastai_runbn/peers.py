@@ -1,7 +1,6 @@
 """Batch renormalization and MABN as PyTorch layers, in one, two and three dimensions
 
-**In this room**:
-BatchRenorm and MABN in one, two and three dimensions, layers of their own, and the ways into a model and out of it.
+**In this room**: BatchRenorm and MABN in one, two and three dimensions, layers of their own, and the ways into a model and out of it.
 The [study](12_bench.quality.ipynb) and [speed](12_bench.speed.ipynb) call them.
 `tests/test_peers.py` compares both to statements of the formulas of their own, one by autograd and one in numpy, in float64.
 

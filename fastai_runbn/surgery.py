@@ -1,11 +1,9 @@
 """Make every BatchNorm in a model a running norm, and back, in place and without losing anything
 
-**In this room**:
-`to_runbn`, `to_bn`, `surgery_report` and `from_lesson10`.
+**In this room**: `to_runbn`, `to_bn`, `surgery_report` and `from_lesson10`.
 [Callbacks](10_callback.ipynb), the [command line](13_cli.ipynb) and users call them;
 they call [layers](05_layers.ipynb) and [twins](05_twins.ipynb).
-Parameters stay the same objects, and evaluation the same to the bit:
-[families](12_bench.families.ipynb) holds it to that for 29 models.
+Parameters stay the same objects, and evaluation the same to the bit: [families](12_bench.families.ipynb) holds it to that for 29 models.
 
 Docs: https://fastai-runbn.github.io/fastai_runbn/surgery.html.md"""
 

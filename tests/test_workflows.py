@@ -27,8 +27,8 @@ def test_all_are_found():
     assert {p.stem for p in workflows} == {'docs','release','test'}
     assert {p.stem for p in forms} == {'bug','question'}
 
-@each_workflow
 schemas = 'vendor.github-workflows','custom.github-workflows-require-timeout'
+@each_workflow
 @pytest.mark.parametrize('schema', schemas)
 def test_workflow_is_valid(path, schema):
     check = sys.executable,'-m','check_jsonschema','--builtin-schema',schema

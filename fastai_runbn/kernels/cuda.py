@@ -1,7 +1,6 @@
 """A running norm in Triton: one launch forward, one backward; two each for large maps
 
-**In this room**:
-Triton's kernels and their launches.
+**In this room**: Triton's kernels and their launches.
 [Functional](04_functional.ipynb) takes them with `backend='triton'`;
 they inherit from [formulas](02_formulas.ipynb).
 What is changed here is seen without a GPU in Triton's interpreter only, and in whether it compiles.
