@@ -244,6 +244,43 @@ def check_overflow(kernels):
         assert have[1]==was[1] and have[0]!=was[0]
     assert state.skipped==1
 
+def check_overflow_of_the_average(kernels):
+    "The window is where the batch is; evaluation's mean is so far away that its variance is infinite"
+    state = narrow(new_state(2, trained=1), T32)
+    state.mean[1] = 4.5e19
+    before = State(*[t.clone() for t in state])
+    x = activations((2,2,4,4), T32)
+    x[:,1] = 5e19
+    kernels.forward(x, None, None, state, Step(2, .3, .1, running_grad=1.))
+    for name in ('mean','var'): assert (getattr(state, name)!=getattr(before, name)).all(), name
+    for name in ('avg_mean','avg_var','steps'):
+        have,was = getattr(state, name),getattr(before, name)
+        assert (have==was).tolist()==[False,True], name
+    assert state.skipped==1
+
+def check_what_counts_as_written(kernels):
+    "A value that changed, a NaN that came or went, in the mean or in the variance; not a NaN that stays"
+    nan = float('nan')
+    cases = (1.,1.,False),(1.,2.,True),(1.,nan,True),(nan,1.,True),(nan,nan,False)
+    was,now,written = zip(*cases)
+    n = len(cases)
+    state = narrow(new_state(2*n, trained=1, alike=True), T32)
+    for where,name in ((slice(n),'mean'),(slice(n, None),'var')):
+        getattr(state, f'known_{name}')[where] = torch.tensor(was)
+        getattr(state, f'avg_{name}')[where] = torch.tensor(now)
+    state.grad.fill_(1.)
+    step = Step(2, .3, .1, running_grad=1.)
+    kernels.forward(activations((2,2*n,3), T32), None, None, state, step)
+    for row in state.grad: assert (row==0).tolist()==[*written,*written]
+
+def check_a_variance_at_the_floor(kernels):
+    "One that is just the floor reacts, as one above it does; one below does not"
+    x = torch.tensor([[-.5,-.25,-1.],[.5,.25,1.]])
+    state = narrow(new_state(3, floors=[.25]*9), T32)
+    _,saved = kernels.forward(x, None, None, state, Step(2, .3, .1))
+    _,var,_,factor,*_ = saved
+    assert (var.tolist(),factor.tolist()) == ([.25,.25,1.],[1.,0.,1.])
+
 def check_parts(kernels, x, dy, affine, states, step, equal):
     """A forward and backward in one call, on the first of two equal states, and part by part,
     on the second; `equal(have, want, what)` compares"""

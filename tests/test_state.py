@@ -77,6 +77,20 @@ def test_momentum_none_is_the_mean_of_all_batches_as_in_batch_norm():
     torch.testing.assert_close(rbn.running_mean, bn.running_mean, **tight)
     torch.testing.assert_close(rbn.running_var, bn.running_var, **tight)
 
+def test_momentum_none_begins_with_the_next_batch_as_in_batch_norm():
+    "Statistics without a count of batches, as those that were set by hand, are of none"
+    kw = dict(momentum=None, dtype=torch.float64)
+    rbn = RunningBatchNorm2d(3, clamp=None, **kw)
+    bn = nn.BatchNorm2d(3, **kw)
+    for m in (rbn,bn): m.running_mean.fill_(5.)
+    for k in range(3):
+        x = batch().double()
+        rbn(x)
+        bn(x)
+        for name in ('running_mean','running_var'):
+            have,want = getattr(rbn, name),getattr(bn, name)
+            torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+
 def test_update_bn_recomputes_them():
     n = net()
     for _ in range(5): n(batch())

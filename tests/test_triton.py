@@ -17,8 +17,9 @@ from fastai_runbn.kernels.cuda import TritonKernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.twins import RunningBatchNormAct2d
 from interpreter import last_first,launches,on_the_cpu,planned,plans
-from pairs import (B16,H16,T32,Pair,activations,calls,check_calls,check_overflow,
-    check_parts,check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,
+from pairs import (B16,H16,T32,Pair,activations,calls,check_a_variance_at_the_floor,check_calls,
+    check_overflow,check_overflow_of_the_average,check_parts,check_what_counts_as_written,
+    check_what_others_write,gradients,halves,laid_out,narrow,near,new_state,
     same,small)
 
 parametrize = pytest.mark.parametrize
@@ -89,7 +90,17 @@ def test_what_others_write(layout, plan):
 
 @parametrize('plan', ['as planned','split'])
 def test_a_variance_that_overflows(plan):
-    with planned(plan): check_overflow(TritonKernels)
+    with planned(plan):
+        check_overflow(TritonKernels)
+        check_overflow_of_the_average(TritonKernels)
+
+@parametrize('plan', ['as planned','split'])
+def test_what_counts_as_written(plan):
+    with planned(plan): check_what_counts_as_written(TritonKernels)
+
+@parametrize('plan', ['as planned','split'])
+def test_a_variance_at_the_floor(plan):
+    with planned(plan): check_a_variance_at_the_floor(TritonKernels)
 
 @each_layout
 @parametrize('plan', plans)
