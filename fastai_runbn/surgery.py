@@ -153,8 +153,8 @@ class SurgeryReport:
     @property
     def counts(self)->str:
         "One line: how many running, convertible and left alone, and which other norms there are"
-        parts = [f'{len(self.running)} running norms', f'{len(self.convertible)} convertible',
-            f'{len(self.left_alone)} left alone']
+        parts = [_plural(len(self.running), 'running norm'),
+            f'{len(self.convertible)} convertible', f'{len(self.left_alone)} left alone']
         skipped = sum(r.skipped>0 for r in self.rows)
         if skipped: parts.append(f'{skipped} with skipped batches')
         line = ', '.join(parts)

@@ -83,6 +83,28 @@ def test_any_prefix_and_nothing_else(prefix):
     assert (sd.keys()==before.keys()
         and all(torch.equal(sd[k], before[k]) for k in sd))
 
+@pytest.mark.parametrize('batch,floor', [(19,.01),(20,0.)])
+def test_the_clamp_is_over_after_20_samples(batch, floor):
+    "As in the evaluation of the layer that the checkpoint is of"
+    sd = {**trained(3).state_dict(), 'batch':torch.tensor(batch)}
+    sd['sqrs'] = (sd['sums']/sd['count'])**2*sd['count'] # a variance of 0
+    var = from_lesson10(sd)['running_var']
+    assert var.min().item()==pytest.approx(floor, abs=1e-5)
+
+@pytest.mark.parametrize('left_out', ['sums','sqrs','count'])
+def test_another_layers_keys_stay(left_out):
+    "Only a layer with all three is lesson 10's"
+    kept = [k for k in ('sums','sqrs','count') if k!=left_out]
+    others = {f'other.{k}':torch.ones(2) for k in kept}
+    res = from_lesson10({**trained(3).state_dict(), **others})
+    assert {k for k in res if k.startswith('other.')}=={*others}
+
 def test_a_checkpoint_without_them():
-    with pytest.raises(ValueError, match="no layer has the keys"):
-        from_lesson10(nn.BatchNorm2d(3).state_dict())
+    bn = nn.BatchNorm2d(3).state_dict()
+    said = ("from_lesson10: no layer has the keys sums, sqrs and count; there are 'weight', "
+        "'bias', 'running_mean', 'running_var', 'num_batches_tracked'.")
+    with pytest.raises(ValueError) as e: from_lesson10(bn)
+    assert str(e.value)==said
+    with pytest.raises(ValueError) as e: from_lesson10(dict(model=bn, opt={}))
+    assert str(e.value).endswith(
+        "there are 'model', 'opt'. It looks like one of `learn.save`: give its 'model'.")

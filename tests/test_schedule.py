@@ -58,10 +58,11 @@ def looked_at(learn, run):
 
 def test_a_floor_alone():
     "The other settings are left alone, and nothing else is written on a layer"
-    learn = make('plain', [RunBNCallback(),RunBNSchedule(floor=lambda pos: .25)])
+    learn = make('plain', RunBNCallback())
     fit(learn)
     usual = {*vars(running(learn)[0])}
-    for layer in looked_at(learn, lambda: fit(learn)):
+    schedule = [RunBNSchedule(floor=lambda pos: .25)]
+    for layer in looked_at(learn, lambda: fit(learn, cbs=schedule)):
         assert {*layer.floor}=={.25} # however many samples were seen
         assert (layer.window,layer.running_grad) == (default_window,1.)
         assert layer.names-usual=={'unscheduled'}
