@@ -8,6 +8,7 @@ if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'
 from datetime import timedelta
 from fastai.torch_core import default_device
 from hypothesis import settings as profile
+from fastai_runbn.kernels import cpu
 
 # learners and notebooks are on the CPU, where there is a GPU too;
 # test_cuda.py and cells with `#| cuda` are not
@@ -28,3 +29,9 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def seeded(): torch.manual_seed(0)
+
+@pytest.fixture(params=['kernels','formulas'])
+def each_path(request, monkeypatch):
+    "The C kernels, and what computes where there are none"
+    if request.param=='formulas': monkeypatch.setattr(cpu, 'kernels', None)
+    elif cpu.kernels is None: pytest.skip('pip found no C compiler when it installed fastai_runbn')

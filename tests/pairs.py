@@ -281,6 +281,14 @@ def check_a_variance_at_the_floor(kernels):
     _,var,_,factor,*_ = saved
     assert (var.tolist(),factor.tolist()) == ([.25,.25,1.],[1.,0.,1.])
 
+def check_relu_at_zero(kernels):
+    "A normalised value that is just 0 lets no gradient through, as PyTorch has it"
+    x = torch.tensor([[-1.],[0.],[1.]])
+    state,step = narrow(new_state(1), T32),Step(3, .3, .1, act='relu')
+    y,saved = kernels.forward(x, None, None, state, step)
+    dbias,_ = kernels.sums(torch.ones_like(x), x, None, None, saved, step)
+    assert (y[:2]==0).all() and y[2]>1 and dbias==1
+
 def check_parts(kernels, x, dy, affine, states, step, equal):
     """A forward and backward in one call, on the first of two equal states, and part by part,
     on the second; `equal(have, want, what)` compares"""

@@ -9,6 +9,8 @@ from fastai_runbn.moments import average_share,lesson10_weight,merge_moments,win
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from oracle import Oracle,channels
 
+pytestmark = pytest.mark.usefixtures('each_path')
+
 def t(*v): return torch.tensor(v, dtype=torch.float64)
 def normal(*shape): return torch.randn(shape).double()
 def window(c, count=0.):

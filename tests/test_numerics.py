@@ -5,6 +5,8 @@ from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from fastai_runbn.surgery import surgery_report
 
+pytestmark = pytest.mark.usefixtures('each_path')
+
 parametrize = pytest.mark.parametrize
 
 def relative(y, y64):

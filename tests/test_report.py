@@ -1,9 +1,12 @@
 "What a surgery report and surgery's errors say, to the letter: a person reads them"
-import pytest
+import pytest,torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops.misc import FrozenBatchNorm2d
-from fastai_runbn.layers import RunningBatchNorm2d
+from fastai_runbn.layers import RunningBatchNorm2d,set_batch_size
 from fastai_runbn.surgery import NormRow,SurgeryReport,register_norm,surgery_report,to_bn,to_runbn
+
+parametrize = pytest.mark.parametrize
 
 rows = [
     NormRow('', 'BatchNorm2d', 'RunningBatchNorm2d', 16, 'running', '', skipped=1, points=8, samples=1),
@@ -24,7 +27,7 @@ cells = [
 @pytest.fixture(autouse=True)
 def kernels_are_there(monkeypatch):
     "A line says where they are not, which is not what these tests are about"
-    monkeypatch.setattr('fastai_runbn.surgery.cpu.kernels', 'there')
+    monkeypatch.setattr(SurgeryReport, 'computed', '')
 
 def test_a_report_in_a_terminal():
     "Columns begin below each other, two spaces apart"
@@ -44,6 +47,7 @@ def test_a_report_in_a_notebook():
     assert said[4:]==[f"|{'|'.join(row)}|" for row in table]
     page = report._repr_html_()
     assert page.startswith(f'<p>{head[0]}</p>\n<p>{head[1]}</p>\n<table')
+    assert page.count('<th>')==6 # columns, and no numbers of rows
     for row in cells:
         for cell in row: assert f'>{cell}<' in page.replace('&#x27;', "'")
 
@@ -58,7 +62,92 @@ def test_a_layer_that_keeps_no_count_of_channels():
     row, = surgery_report(FrozenBatchNorm2d(4)).rows
     assert row.channels is None and row.cells()[3]==''
 
-@pytest.mark.parametrize('n,said', [(8,"'7'; a container"),(9,"'7', …; a container")])
+def running_row(name, old, channels, why='', **counts):
+    "Of a running norm in the place of an `old`"
+    return NormRow(name, old, f'Running{old}', channels, 'running', why, **counts)
+
+def test_rows_of_a_model():
+    model = nn.Sequential(to_runbn(nn.BatchNorm2d(3)), nn.BatchNorm3d(4), FrozenBatchNorm2d(5))
+    assert surgery_report(model).rows==[
+        running_row('0', 'BatchNorm2d', 3),
+        NormRow('1', 'BatchNorm3d', 'RunningBatchNorm3d', 4, 'convertible', ''),
+        NormRow('2', 'FrozenBatchNorm2d', '', None, 'left alone', "FrozenBatchNorm2d is not PyTorch's BatchNorm")]
+
+def test_rows_that_are_not_samples_are_told():
+    "As the points of clouds"
+    model = to_runbn(nn.BatchNorm1d(3))
+    def row_after(rows, samples=None):
+        set_batch_size(model, samples)
+        model(torch.randn(rows,3))
+        row, = surgery_report(model).rows
+        return row
+    told = running_row('', 'BatchNorm1d', 3, points=6, samples=2)
+    silent = running_row('', 'BatchNorm1d', 3)
+    assert row_after(6, 2)==told
+    assert row_after(6)==row_after(6, 6)==silent
+
+def test_a_row_of_a_class_without_a_twin():
+    class Mine(RunningBatchNorm2d): pass
+    row, = surgery_report(Mine(3)).rows
+    assert row==NormRow('', 'Mine', 'Mine', 3, 'running', '')
+
+def own_class():
+    class Mine(nn.BatchNorm2d):
+        def forward(self, x): return x
+    return Mine(3)
+reasons = {
+    'an own class':(own_class(), 'Mine is a BatchNorm2d with a `forward` of its own, which converting '
+        'would drop: register a twin with `register_norm`'),
+    'lazy':(nn.LazyBatchNorm2d(), 'LazyBatchNorm2d is not materialised: run a batch through the model first'),
+    'parametrized':(weight_norm(nn.BatchNorm2d(3)),
+        'ParametrizedBatchNorm2d is parametrized: remove the parametrization first'),
+    'without statistics':(nn.BatchNorm2d(3, track_running_stats=False),
+        'track_running_stats=False: it keeps no statistics, and a running norm has to')}
+@parametrize('layer,why', reasons.values(), ids=reasons)
+def test_why_a_layer_is_left_alone(layer, why):
+    row, = surgery_report(layer).rows
+    assert (row.status,row.to,row.why) == ('left alone','',why)
+
+def test_what_was_not_chosen():
+    def statuses(**kw): return {r.name:(r.status,r.why) for r in surgery_report(model, **kw).rows}
+    model = nn.ModuleDict({k:nn.BatchNorm2d(3) for k in ('stem','head')})
+    convertible = 'convertible',''
+    for kw,why in ((dict(exclude='h*'),"excluded by 'h*'"),
+            (dict(include=['stem']),"not in include=['stem']"),
+            (dict(filter_fn=lambda m,name: name!='head'),'filter_fn said no')):
+        assert statuses(**kw)==dict(stem=convertible, head=('left alone',why))
+
+def test_a_layer_is_chosen_by_each_of_its_names():
+    shared = nn.BatchNorm2d(3)
+    model = nn.ModuleDict(dict(first=shared, second=shared))
+    row, = surgery_report(model, include='second').rows
+    assert (row.name,row.status) == ('first','convertible')
+
+def test_each_pattern_has_to_match():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    with pytest.raises(ValueError, match="exclude='2' matches no norm layer"):
+        surgery_report(model, exclude=['1','2'])
+
+def test_wrapped_models_are_named():
+    wrapped = nn.DataParallel(nn.BatchNorm2d(3))
+    with pytest.raises(TypeError, match='^the model is wrapped in DataParallel'): to_runbn(wrapped)
+    with pytest.raises(TypeError, match='^`0` is wrapped in DataParallel'): to_runbn(nn.Sequential(wrapped))
+
+warned = {
+    'lazy':([nn.LazyBatchNorm2d], "'0': lazy norms are left alone. Run a batch through the model first, then convert."),
+    'two lazy':([nn.LazyBatchNorm2d]*2, "'0' and 1 more: lazy norms are left alone. "
+        "Run a batch through the model first, then convert."),
+    'three lazy':([nn.LazyBatchNorm2d]*3, "'0' and 2 more: lazy norms are left alone. "
+        "Run a batch through the model first, then convert."),
+    'none':([nn.Identity], 'Nothing to convert in Sequential: 0 running norms, 0 convertible, 0 left alone. '
+        '`surgery_report(model)` tells why.')}
+@parametrize('layers,said', warned.values(), ids=warned)
+def test_a_warning_is_of_the_line_that_converts(layers, said):
+    with pytest.warns(UserWarning) as caught: to_runbn(nn.Sequential(*[layer() for layer in layers]))
+    w, = [w for w in caught if 'Lazy modules' not in str(w.message)]
+    assert (str(w.message),w.filename) == (said,__file__)
+
+@parametrize('n,said', [(8,"'7'; a container"),(9,"'7', …; a container")])
 def test_an_error_names_eight_layers(n, said):
     model = nn.Sequential(*[nn.BatchNorm2d(2) for _ in range(n)])
     with pytest.raises(ValueError) as e: to_runbn(model, include='body')

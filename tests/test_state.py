@@ -10,6 +10,8 @@ from fastai_runbn.layers import (LESSON10,RunningBatchNorm1d,RunningBatchNorm2d,
 from fastai_runbn.moments import AdaptiveWindow,AutoMomentum
 from fastai_runbn.surgery import to_bn,to_runbn
 
+pytestmark = pytest.mark.usefixtures('each_path')
+
 five = ['weight','bias','running_mean','running_var','num_batches_tracked']
 def batch(bs=2, c=3): return torch.randn(bs,c,5,5)*2+1
 def trained(layer, steps=20):
