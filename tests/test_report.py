@@ -3,6 +3,7 @@ import pytest,torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.ops.misc import FrozenBatchNorm2d
+from fastai_runbn import surgery
 from fastai_runbn.layers import RunningBatchNorm2d,set_batch_size
 from fastai_runbn.surgery import NormRow,SurgeryReport,register_norm,surgery_report,to_bn,to_runbn
 
@@ -159,6 +160,20 @@ def test_a_running_norm_of_a_class_without_a_twin():
     said = r'^Mine has no BatchNorm to go back to: name its twin with `register_norm`\.$'
     with pytest.raises(TypeError, match=said): to_bn(model)
     assert type(model[0]) is Mine
+
+def test_a_twin_that_was_made_by_itself_goes_back(monkeypatch):
+    "Of a class that surgery does not know yet, as nothing of timm was converted before"
+    timm = pytest.importorskip('timm')
+    from fastai_runbn.twins import RunningBatchNormAct2d
+    old = timm.layers.BatchNormAct2d
+    def forget():
+        monkeypatch.delitem(surgery.norm_twins, old, raising=False)
+        monkeypatch.delitem(surgery._plain, RunningBatchNormAct2d, raising=False)
+    forget()
+    row, = surgery_report(RunningBatchNormAct2d(4)).rows
+    assert (row.type,row.to) == ('BatchNormAct2d','RunningBatchNormAct2d')
+    forget()
+    assert type(to_bn(RunningBatchNormAct2d(4))) is old
 
 def test_twins_that_cannot_be():
     class Old(nn.BatchNorm2d): pass

@@ -28,9 +28,11 @@ def test_a_clamps_picture(samples, beyond):
 def only_at(where, value): return lambda pos: value if pos==where else .5
 
 errors = {
-    'no schedule':(dict(), ValueError, 'at least one of window, running_grad and floor, a fastai schedule each'),
+    'no schedule':(dict(), ValueError,
+        r'^RunBNSchedule\(\): give at least one of window, running_grad and floor, a fastai schedule each\.$'),
     'a constant':(dict(floor=.01), TypeError,
-        r'floor=0.01: a schedule was expected, such as SchedCos\(20, 100\); a constant is a setting of RunBNCallback'),
+        r'^floor=0.01: a schedule was expected, such as SchedCos\(20, 100\); '
+        r'a constant is a setting of RunBNCallback\.$'),
     'a floor below 0':(dict(floor=only_at(.5, -1.)), ValueError, 'clamp'),
     'wrong in the beginning':(dict(running_grad=only_at(0., 2.)), ValueError, 'running_grad=2.0'),
     'wrong in the end':(dict(running_grad=only_at(1., 2.)), ValueError, 'running_grad=2.0'),
