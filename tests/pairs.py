@@ -231,6 +231,16 @@ def check_what_others_write(kernels, layout):
             at = f'seed {seed}, step {i}'
             pair.step(x, step, layout, 2, scale=8., at=at)
 
+def check_a_floor_by_channel(kernels):
+    "Others write one channel of a new layer: that one is trained and has no floor, the next has"
+    state = narrow(new_state(2, floors=[9.]*30), T32)
+    state.avg_var[0] = .5
+    x = activations((2,2,4,4), T32)
+    _,saved = kernels.forward(x, None, None, state, Step(2, .3, .1))
+    _,var,_,factor,*_ = saved
+    assert var[0]<9 and factor[0]==1
+    assert var[1]==9 and factor[1]==0
+
 def check_overflow(kernels):
     "A variance that is infinite in float32 stays out, as a value that is"
     state = narrow(new_state(3, trained=1), T32)

@@ -149,3 +149,7 @@ def test_a_twin_that_is_none_is_an_error():
     with pytest.raises(TypeError, match=remedy): register_norm(Mine, nn.BatchNorm2d)
     row = surgery_report(nn.Sequential(Mine(3))).rows[0]
     assert 'register_norm' in row.why
+
+def test_an_adaptive_window_of_no_samples():
+    with pytest.raises(ValueError) as e: AdaptiveWindow(0)
+    assert str(e.value)=='AdaptiveWindow(0): a number of samples over 0 was expected.'

@@ -11,10 +11,10 @@ from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.moments import AdaptiveWindow
 from impls import backends,names,needs_kernels
-from pairs import (B16,H16,T32,T64,Pair,activations,calls,check_a_variance_at_the_floor,
-    check_calls,check_overflow,check_overflow_of_the_average,check_parts,check_relu_at_zero,
-    check_what_counts_as_written,check_what_others_write,gradients,halves,laid_out,narrow,near,
-    new_state,same,statistics_dtype,tols)
+from pairs import (B16,H16,Pair,T32,T64,activations,calls,check_a_floor_by_channel,
+    check_a_variance_at_the_floor,check_calls,check_overflow,check_overflow_of_the_average,
+    check_parts,check_relu_at_zero,check_what_counts_as_written,check_what_others_write,gradients,
+    halves,laid_out,narrow,near,new_state,same,statistics_dtype,tols)
 
 parametrize = pytest.mark.parametrize
 root = Path(cpu.__file__).resolve().parent
@@ -58,6 +58,9 @@ def test_what_counts_as_written(implementation): check_what_counts_as_written(im
 
 @each_implementation
 def test_a_variance_at_the_floor(implementation): check_a_variance_at_the_floor(implementation)
+
+@each_implementation
+def test_a_floor_by_channel(implementation): check_a_floor_by_channel(implementation)
 
 @each_implementation
 def test_relu_at_zero(implementation): check_relu_at_zero(implementation)
