@@ -7,6 +7,7 @@ from torch import nn
 from fastai_runbn.all import (RunBNCallback,RunBNSchedule,RunningBatchNorm2d,
     register_norm,surgery_report,to_bn,to_runbn)
 from fastai_runbn.layers import RunningBatchNormMixin
+from fastai_runbn.moments import AdaptiveWindow
 from learners import fit,make,norms,running
 
 def net():

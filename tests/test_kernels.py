@@ -63,6 +63,16 @@ def test_a_variance_at_the_floor(implementation): check_a_variance_at_the_floor(
 def test_a_floor_by_channel(implementation): check_a_floor_by_channel(implementation)
 
 @each_implementation
+@each_type
+def test_results_have_the_inputs_dtype(implementation, dtype):
+    "And parameters' gradients that of the statistics"
+    x,T = activations((2,3,4), dtype),statistics_dtype(dtype)
+    state,step = narrow(new_state(3), T),Step(2, .3, .1)
+    y,saved = implementation.forward(x, None, None, state, step)
+    dx,dw,db = implementation.backward(gradients(x), x, None, None, saved, state.grad, step)
+    assert [t.dtype for t in (y,dx,dw,db)]==[dtype,dtype,T,T]
+
+@each_implementation
 def test_relu_at_zero(implementation): check_relu_at_zero(implementation)
 
 @pytest.fixture(params=[0,1,2], ids=['base','avx2','avx512'])
