@@ -156,11 +156,11 @@ def test_bfloat16_ties_go_to_even_and_nan_stays_nan(instruction_set, layout):
     assert y.isnan().all()
 
 # ------------------------------------------------------------------------------- parts of calls
-@needs_kernels
+@each_implementation
 @each_layout
 @each_dtype
 @parametrize('act', [None,'relu','silu'])
-def test_parts_are_the_whole(dtype, layout, act):
+def test_parts_are_the_whole(dtype, layout, act, implementation):
     for form in forms:
         C,T = form[1],statistics_dtype(dtype)
         a = narrow(new_state(C, floors=[.5]*99), T)
@@ -170,7 +170,7 @@ def test_parts_are_the_whole(dtype, layout, act):
         for _ in range(2):
             x = activations(form, dtype, layout)
             dy = gradients(x, layout)
-            check_parts(Kernels, x, dy, affine, (a,b), step=step, equal=same)
+            check_parts(implementation, x, dy, affine, (a,b), step=step, equal=same)
 
 # --------------------------------------------------------------------------- odd things that come
 def dense(t): return t.detach().clone(memory_format=torch.contiguous_format)
