@@ -1,4 +1,5 @@
 "Dtypes, cancellation, odd inputs: what a float can do to a layer"
+from copy import deepcopy
 import pytest,torch
 from torch import nn
 from fastai_runbn.layers import LESSON10,RunningBatchNorm1d,RunningBatchNorm2d
@@ -129,15 +130,20 @@ def test_a_bad_batch_is_normalised_with_the_window():
     assert y[0].isinf()
     assert y[1].item() == pytest.approx(2/(1+1e-5)**.5)
 
-def test_a_finite_batch_that_would_overflow_the_window_stays_out():
+@parametrize('other', [1e25,-1e25])
+def test_a_finite_batch_that_would_overflow_the_window_stays_out(other):
     """Values of 1e25 have a finite mean and no variance, but their distance squared is infinite in
-    float32"""
+    float32; of opposite signs they have a mean of 0 and an infinite variance"""
     layer = RunningBatchNorm1d(2)
     layer(torch.randn(4,2))
-    before = layer.window_var.clone()
-    layer(torch.tensor([[1e25,0.],[1e25,1.]]))
-    assert layer.window_var[0] == before[0]
-    assert layer.window_var[1] != before[1]
+    before = deepcopy(layer)
+    layer(torch.tensor([[1e25,0.],[other,1.]]))
+    kept = 'window_mean','window_var','window_count','running_mean','running_var'
+    for name in kept:
+        was = getattr(before, name)
+        assert (getattr(layer, name)==was).tolist()==[True,False], name
+    learned = layer.window_innovations!=before.window_innovations
+    assert learned.any(0).tolist()==[False,True]
     assert layer.skipped_batches == 1
     assert layer(torch.randn(4,2)).isfinite().all()
     assert layer.running_var.isfinite().all()
