@@ -5,7 +5,8 @@ import numpy as np,pytest,torch
 from torch.autograd import gradcheck
 from fastai_runbn.functional import running_batch_norm
 from fastai_runbn.layers import RunningBatchNorm1d,RunningBatchNorm2d,LESSON10
-from fastai_runbn.moments import average_share,lesson10_weight,merge_moments,window_share
+from fastai_runbn.moments import (AdaptiveWindow,average_share,lesson10_weight,merge_moments,
+    window_share,window_weight)
 from fastai_runbn.reference import ReferenceRunningBatchNorm
 from oracle import Oracle,channels
 
@@ -32,6 +33,10 @@ def test_a_is_1_minus_1_minus_mom_over_sqrt_bs_minus_1():
 
 def test_a_at_bs_1_is_mom():
     for mom in (.1,.25): assert lesson10_weight(1, mom=mom) == mom
+
+@pytest.mark.parametrize('window', [4,t(4.)[0],AdaptiveWindow(4)], ids=['number','tensor','adaptive'])
+def test_a_is_1_where_the_window_is_shorter_than_the_batch(window):
+    assert [float(window_weight(window, bs, 9*bs)) for bs in (1,4,5,100)]==[.25,1,1,1]
 
 def test_S_Q_n_are_moving_averages():
     ref = ReferenceRunningBatchNorm(2).double()
