@@ -69,7 +69,7 @@ def test_results_have_the_inputs_dtype(implementation, dtype):
     x,T = activations((2,3,4), dtype),statistics_dtype(dtype)
     state,step = narrow(new_state(3), T),Step(2, .3, .1)
     y,saved = implementation.forward(x, None, None, state, step)
-    dx,dw,db = implementation.backward(gradients(x), x, None, None, saved, state.grad, step)
+    dx,dw,db = implementation.backward(gradients(x), x, None, None, saved, state.grad, step=step)
     assert [t.dtype for t in (y,dx,dw,db)]==[dtype,dtype,T,T]
 
 @each_implementation
