@@ -379,6 +379,16 @@ def test_the_table_of_readme_is_the_studys():
         others = best.drop(['this layer','BatchNorm','GroupNorm'], errors='ignore')
         assert told==[*named, f'{shown(others.max())} {others.idxmax()}'], what
 
+def test_the_tiles_of_readme_are_the_pages():
+    "Its saved table has the mismatch in the second column"
+    page = json.loads((root/'nbs'/'tutorials'/'volumes.ipynb').read_text())
+    cell, = [c for c in page['cells'] if 'look.tile_mismatch' in ''.join(c['source'])]
+    lines = cell['outputs'][-1]['data']['text/plain'][1:]
+    rows = {name:float(margin) for name,_,margin,*_ in map(str.split, lines)}
+    instance,ours = [f'{rows[n]:.3f}'.removeprefix('0') for n in ('InstanceNorm','ours')]
+    said = f'two tilings differ by {instance} with instance norm, {ours} here'
+    assert said in (root/'README.md').read_text()
+
 def test_readme_counts_the_models():
     "All families but two without BatchNorm, and one that is made here"
     none = 'timm convnext_atto','timm vit_tiny_patch16_224','fused Conv+BN'
