@@ -139,6 +139,7 @@ def test_repr_tells_every_setting():
     parts = ('window=AdaptiveWindow(30)','momentum=0.03','running_grad=0.25','eval_window=77',
         'clamp=0.3 to 0.2 in 2 samples','clamp_inclusive=True','persistent_window=True')
     for part in parts: assert part in text
+    assert 'momentum=auto,' in repr(RunningBatchNorm2d(3))
 
 # files
 
