@@ -1,5 +1,5 @@
 "Kernels and formulas, the latter in float64, in lockstep: what they get, how near they have to be"
-import torch
+import pytest,torch
 from hypothesis import strategies as st
 from fastai_runbn.formulas import Formulas,State,Step
 from fastai_runbn.kernels.cpu import Kernels
@@ -255,7 +255,7 @@ def check_overflow(kernels):
     assert state.skipped==1
 
 def check_overflow_of_the_average(kernels):
-    "The window is where the batch is; evaluation's mean is so far away that its variance is infinite"
+    "The window is near the batch; evaluation's mean is so far away that its variance is infinite"
     state = narrow(new_state(2, trained=1), T32)
     state.mean[1] = 4.5e19
     before = State(*[t.clone() for t in state])
@@ -269,7 +269,7 @@ def check_overflow_of_the_average(kernels):
     assert state.skipped==1
 
 def check_what_counts_as_written(kernels):
-    "A value that changed, a NaN that came or went, in the mean or in the variance; not a NaN that stays"
+    "In mean or variance a value that changed, a NaN that came or went; not a NaN that stays"
     nan = float('nan')
     cases = (1.,1.,False),(1.,2.,True),(1.,nan,True),(nan,1.,True),(nan,nan,False)
     was,now,written = zip(*cases)
@@ -298,6 +298,10 @@ def check_relu_at_zero(kernels):
     y,saved = kernels.forward(x, None, None, state, step)
     dbias,_ = kernels.sums(torch.ones_like(x), x, None, None, saved, step)
     assert (y[:2]==0).all() and y[2]>1 and dbias==1
+
+each_edge = pytest.mark.parametrize('check', [check_what_counts_as_written,
+    check_a_variance_at_the_floor,check_a_floor_by_channel,check_relu_at_zero],
+    ids=lambda f: f.__name__.removeprefix('check_'))
 
 def check_parts(kernels, x, dy, affine, states, step, equal):
     """A forward and backward in one call, on the first of two equal states, and part by part,

@@ -34,7 +34,8 @@ def test_a_is_1_minus_1_minus_mom_over_sqrt_bs_minus_1():
 def test_a_at_bs_1_is_mom():
     for mom in (.1,.25): assert lesson10_weight(1, mom=mom) == mom
 
-@pytest.mark.parametrize('window', [4,t(4.)[0],AdaptiveWindow(4)], ids=['number','tensor','adaptive'])
+@pytest.mark.parametrize('window', [4,t(4.)[0],AdaptiveWindow(4)],
+    ids=['number','tensor','adaptive'])
 def test_a_is_1_where_the_window_is_shorter_than_the_batch(window):
     assert [float(window_weight(window, bs, 9*bs)) for bs in (1,4,5,100)]==[.25,1,1,1]
 

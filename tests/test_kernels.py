@@ -11,10 +11,9 @@ from fastai_runbn.kernels.cpu import Kernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.moments import AdaptiveWindow
 from impls import backends,names,needs_kernels
-from pairs import (B16,H16,Pair,T32,T64,activations,calls,check_a_floor_by_channel,
-    check_a_variance_at_the_floor,check_calls,check_overflow,check_overflow_of_the_average,
-    check_parts,check_relu_at_zero,check_what_counts_as_written,check_what_others_write,gradients,
-    halves,laid_out,narrow,near,new_state,same,statistics_dtype,tols)
+from pairs import (B16,H16,Pair,T32,T64,activations,calls,check_calls,check_overflow,
+    check_overflow_of_the_average,check_parts,check_what_others_write,each_edge,gradients,halves,
+    laid_out,narrow,near,new_state,same,statistics_dtype,tols)
 
 parametrize = pytest.mark.parametrize
 root = Path(cpu.__file__).resolve().parent
@@ -53,14 +52,9 @@ def test_a_variance_that_overflows(implementation):
     check_overflow(implementation)
     check_overflow_of_the_average(implementation)
 
+@each_edge
 @each_implementation
-def test_what_counts_as_written(implementation): check_what_counts_as_written(implementation)
-
-@each_implementation
-def test_a_variance_at_the_floor(implementation): check_a_variance_at_the_floor(implementation)
-
-@each_implementation
-def test_a_floor_by_channel(implementation): check_a_floor_by_channel(implementation)
+def test_edges(implementation, check): check(implementation)
 
 @each_implementation
 @each_type
@@ -71,9 +65,6 @@ def test_results_have_the_inputs_dtype(implementation, dtype):
     y,saved = implementation.forward(x, None, None, state, step)
     dx,dw,db = implementation.backward(gradients(x), x, None, None, saved, state.grad, step=step)
     assert [t.dtype for t in (y,dx,dw,db)]==[dtype,dtype,T,T]
-
-@each_implementation
-def test_relu_at_zero(implementation): check_relu_at_zero(implementation)
 
 @pytest.fixture(params=[0,1,2], ids=['base','avx2','avx512'])
 def instruction_set(request, monkeypatch):

@@ -10,7 +10,8 @@ from fastai_runbn.surgery import NormRow,SurgeryReport,register_norm,surgery_rep
 parametrize = pytest.mark.parametrize
 
 rows = [
-    NormRow('', 'BatchNorm2d', 'RunningBatchNorm2d', 16, 'running', '', skipped=1, points=8, samples=1),
+    NormRow('', 'BatchNorm2d', 'RunningBatchNorm2d', 16, 'running', '',
+        skipped=1, points=8, samples=1),
     NormRow('body.1', 'BatchNorm1d', 'RunningBatchNorm1d', 128, 'running', "excluded by 'body.*'",
         skipped=3, points=1, samples=2),
     NormRow('head', 'FrozenBatchNorm2d', '', None, 'left alone', "it is frozen")]
@@ -22,7 +23,8 @@ cells = [
     ['(the model)', 'BatchNorm2d', 'RunningBatchNorm2d', '16', 'running',
         '8 rows, counted as 1 sample, skipped 1 batch with NaN or infinity'],
     ['body.1', 'BatchNorm1d', 'RunningBatchNorm1d', '128', 'running',
-        "excluded by 'body.*', 1 row, counted as 2 samples, skipped 3 batches with NaN or infinity"],
+        "excluded by 'body.*', 1 row, counted as 2 samples, "
+        "skipped 3 batches with NaN or infinity"],
     ['head', 'FrozenBatchNorm2d', '', '', 'left alone', 'it is frozen']]
 
 @pytest.fixture(autouse=True)
@@ -72,7 +74,8 @@ def test_rows_of_a_model():
     assert surgery_report(model).rows==[
         running_row('0', 'BatchNorm2d', 3),
         NormRow('1', 'BatchNorm3d', 'RunningBatchNorm3d', 4, 'convertible', ''),
-        NormRow('2', 'FrozenBatchNorm2d', '', None, 'left alone', "FrozenBatchNorm2d is not PyTorch's BatchNorm")]
+        NormRow('2', 'FrozenBatchNorm2d', '', None, 'left alone',
+            "FrozenBatchNorm2d is not PyTorch's BatchNorm")]
 
 def test_rows_that_are_not_samples_are_told():
     "As the points of clouds"
@@ -97,9 +100,10 @@ def own_class():
         def forward(self, x): return x
     return Mine(3)
 reasons = {
-    'an own class':(own_class(), 'Mine is a BatchNorm2d with a `forward` of its own, which converting '
-        'would drop: register a twin with `register_norm`'),
-    'lazy':(nn.LazyBatchNorm2d(), 'LazyBatchNorm2d is not materialised: run a batch through the model first'),
+    'an own class':(own_class(), 'Mine is a BatchNorm2d with a `forward` of its own, '
+        'which converting would drop: register a twin with `register_norm`'),
+    'lazy':(nn.LazyBatchNorm2d(),
+        'LazyBatchNorm2d is not materialised: run a batch through the model first'),
     'parametrized':(weight_norm(nn.BatchNorm2d(3)),
         'ParametrizedBatchNorm2d is parametrized: remove the parametrization first'),
     'without statistics':(nn.BatchNorm2d(3, track_running_stats=False),
@@ -132,19 +136,20 @@ def test_each_pattern_has_to_match():
 def test_wrapped_models_are_named():
     wrapped = nn.DataParallel(nn.BatchNorm2d(3))
     with pytest.raises(TypeError, match='^the model is wrapped in DataParallel'): to_runbn(wrapped)
-    with pytest.raises(TypeError, match='^`0` is wrapped in DataParallel'): to_runbn(nn.Sequential(wrapped))
+    inside = nn.Sequential(wrapped)
+    with pytest.raises(TypeError, match='^`0` is wrapped in DataParallel'): to_runbn(inside)
 
+lazy = 'lazy norms are left alone. Run a batch through the model first, then convert.'
 warned = {
-    'lazy':([nn.LazyBatchNorm2d], "'0': lazy norms are left alone. Run a batch through the model first, then convert."),
-    'two lazy':([nn.LazyBatchNorm2d]*2, "'0' and 1 more: lazy norms are left alone. "
-        "Run a batch through the model first, then convert."),
-    'three lazy':([nn.LazyBatchNorm2d]*3, "'0' and 2 more: lazy norms are left alone. "
-        "Run a batch through the model first, then convert."),
-    'none':([nn.Identity], 'Nothing to convert in Sequential: 0 running norms, 0 convertible, 0 left alone. '
-        '`surgery_report(model)` tells why.')}
+    'lazy':([nn.LazyBatchNorm2d], f"'0': {lazy}"),
+    'two lazy':([nn.LazyBatchNorm2d]*2, f"'0' and 1 more: {lazy}"),
+    'three lazy':([nn.LazyBatchNorm2d]*3, f"'0' and 2 more: {lazy}"),
+    'none':([nn.Identity], 'Nothing to convert in Sequential: 0 running norms, 0 convertible, '
+        '0 left alone. `surgery_report(model)` tells why.')}
 @parametrize('layers,said', warned.values(), ids=warned)
 def test_a_warning_is_of_the_line_that_converts(layers, said):
-    with pytest.warns(UserWarning) as caught: to_runbn(nn.Sequential(*[layer() for layer in layers]))
+    model = nn.Sequential(*[layer() for layer in layers])
+    with pytest.warns(UserWarning) as caught: to_runbn(model)
     w, = [w for w in caught if 'Lazy modules' not in str(w.message)]
     assert (str(w.message),w.filename) == (said,__file__)
 
@@ -152,7 +157,8 @@ def test_a_warning_is_of_the_line_that_converts(layers, said):
 def test_an_error_names_eight_layers(n, said):
     model = nn.Sequential(*[nn.BatchNorm2d(2) for _ in range(n)])
     with pytest.raises(ValueError) as e: to_runbn(model, include='Xception')
-    assert f"Their names are '0', '1', '2', '3', '4', '5', '6', {said}'s layers are 'Xception.*'." in str(e.value)
+    names = f"Their names are '0', '1', '2', '3', '4', '5', '6', {said}"
+    assert f"{names}'s layers are 'Xception.*'." in str(e.value)
 
 def test_a_running_norm_of_a_class_without_a_twin():
     class Mine(RunningBatchNorm2d): pass

@@ -29,7 +29,8 @@ def only_at(where, value): return lambda pos: value if pos==where else .5
 
 errors = {
     'no schedule':(dict(), ValueError,
-        r'^RunBNSchedule\(\): give at least one of window, running_grad and floor, a fastai schedule each\.$'),
+        r'^RunBNSchedule\(\): give at least one of window, running_grad and floor, '
+        r'a fastai schedule each\.$'),
     'a constant':(dict(floor=.01), TypeError,
         r'^floor=0.01: a schedule was expected, such as SchedCos\(20, 100\); '
         r'a constant is a setting of RunBNCallback\.$'),

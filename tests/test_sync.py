@@ -90,12 +90,13 @@ def test_notebooks_are_clean(copy):
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.stem)
 def test_notebook_is_executed(path):
-    """No error is saved, no path of somebody's machine,
+    """No error is saved, no warning, no path of somebody's machine,
     and what ends in a value or a plot has an output"""
     cells = json.loads(path.read_text())['cells']
     cells = [c for c in cells if c['cell_type']=='code']
     outputs = [o for c in cells for o in c['outputs']]
     assert not [o['evalue'] for o in outputs if o['output_type']=='error']
+    assert not [''.join(o['text']) for o in outputs if o.get('name')=='stderr']
     def plain(o): return o.get('data',{}).get('text/plain','')
     texts = [''.join(o.get('text', plain(o))) for o in outputs]
     assert not [t for t in texts if re.search(r'site-packages|/home/|/root/|/tmp/|\.py:\d+:', t)]

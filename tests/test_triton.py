@@ -17,10 +17,9 @@ from fastai_runbn.kernels.cuda import TritonKernels
 from fastai_runbn.layers import RunningBatchNorm2d
 from fastai_runbn.twins import RunningBatchNormAct2d
 from interpreter import last_first,launches,on_the_cpu,planned,plans
-from pairs import (B16,H16,Pair,T32,activations,calls,check_a_floor_by_channel,
-    check_a_variance_at_the_floor,check_calls,check_overflow,check_overflow_of_the_average,
-    check_parts,check_relu_at_zero,check_what_counts_as_written,check_what_others_write,gradients,
-    halves,laid_out,narrow,near,new_state,same,small)
+from pairs import (B16,H16,Pair,T32,activations,calls,check_calls,check_overflow,
+    check_overflow_of_the_average,check_parts,check_what_others_write,each_edge,gradients,halves,
+    laid_out,narrow,near,new_state,same,small)
 
 parametrize = pytest.mark.parametrize
 halves[B16] = 2.**-7 # the interpreter does not round, it cuts off
@@ -94,21 +93,10 @@ def test_a_variance_that_overflows(plan):
         check_overflow(TritonKernels)
         check_overflow_of_the_average(TritonKernels)
 
+@each_edge
 @parametrize('plan', ['as planned','split'])
-def test_what_counts_as_written(plan):
-    with planned(plan): check_what_counts_as_written(TritonKernels)
-
-@parametrize('plan', ['as planned','split'])
-def test_a_variance_at_the_floor(plan):
-    with planned(plan): check_a_variance_at_the_floor(TritonKernels)
-
-@parametrize('plan', ['as planned','split'])
-def test_a_floor_by_channel(plan):
-    with planned(plan): check_a_floor_by_channel(TritonKernels)
-
-@parametrize('plan', ['as planned','split'])
-def test_relu_at_zero(plan):
-    with planned(plan): check_relu_at_zero(TritonKernels)
+def test_edges(plan, check):
+    with planned(plan): check(TritonKernels)
 
 @each_layout
 @parametrize('plan', plans)
