@@ -61,10 +61,6 @@ def test_one_is_singular():
     said = repr(surgery_report(to_runbn(nn.BatchNorm2d(3))))
     assert said.startswith('1 running norm, 0 convertible')
 
-def test_a_layer_that_keeps_no_count_of_channels():
-    row, = surgery_report(FrozenBatchNorm2d(4)).rows
-    assert row.channels is None and row.cells()[3]==''
-
 def running_row(name, old, channels, why='', **counts):
     "Of a running norm in the place of an `old`"
     return NormRow(name, old, f'Running{old}', channels, 'running', why, **counts)
